@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a test process: the tensors are small, and two processes share two cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-long check lint bench clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/.test: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: .venv/.installed          ## the main job on the digits: table, plots and report in results/compare
+	$(BIN)/hopdeq-lwpf compare
+
+test: .venv/.test               ## every test but the long ones
+	$(TEST)
+
+test-long: .venv/.test          ## the studies that take minutes
+	$(TEST) -m long
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test                ## what CI runs
+
+bench: .venv/.test              ## speed, accuracy and basins against torchdeq (some ten minutes)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis results dist

@@ -1,0 +1,138 @@
+"""Retrieval problems that separate solvers: known difficulty, many basins, hard masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopdeq_lwpf.forgetting import PFU, Forgetting
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext
+
+CLUSTERS, MEMBERS, WIDTH, QUERIES, BETA = 32, 32, 64, 256, 8.0
+CENTRE = 1.5  # norm of a cluster's centre
+NEAR, FAR = 0.1, 0.3  # query noise per coordinate
+
+
+@dataclass(frozen=True)
+class RetrievalProblem:
+    """Stored patterns (N, d), queries (B, d) and the function that recalls."""
+
+    name: str
+    patterns: Tensor
+    query: Tensor
+    beta: float
+    forgetting: None | str | Forgetting = None
+
+    def build(self, dtype: torch.dtype = torch.float32) -> tuple[Retrieval, RetrievalContext, Tensor]:
+        """f, its context and z0."""
+        f = Retrieval(self.beta, forgetting=self.forgetting)
+        x = f.prepare(self.query.to(dtype), self.patterns.to(dtype))
+        return f, x, f.init(x)
+
+
+def _contraction(clusters: Tensor, centres: Tensor) -> Tensor:
+    """Largest eigenvalue of each cluster's Jacobian where plain iteration from its centre ends: (K, n, d) -> (K,).
+
+    1 where that point holds fewer than four patterns: the cluster has split. Each cluster by itself: the others carry a weight of some e^-16 there.
+    """
+    z = centres
+    for _ in range(5000):
+        p = torch.softmax(BETA * (clusters @ z[:, :, None]).squeeze(-1), -1)
+        before, z = z, (p[:, None, :] @ clusters).squeeze(1)
+        if float((z - before).norm(dim=-1).max()) < 1e-12:
+            break
+    p = torch.softmax(BETA * (clusters @ z[:, :, None]).squeeze(-1), -1)
+    spread = clusters - (p[:, None, :] @ clusters)
+    top = BETA * torch.linalg.eigvalsh(spread.transpose(1, 2) @ (p[:, :, None] * spread))[:, -1]
+    return torch.where(1 / p.square().sum(-1) < 4.0, 1.0, top)
+
+
+def _calibrate(directions: Tensor, centres: Tensor, targets: Tensor) -> Tensor:
+    """The spread of each cluster at which its fixed point contracts by its target: (K,).
+
+    The contraction rises with the spread up to 1, where the cluster splits; a scan brackets the first crossing.
+    """
+
+    def reaches(spread: Tensor) -> Tensor:
+        return _contraction(centres[:, None] + spread[:, None, None] * directions, centres) >= targets
+
+    high = torch.full_like(targets, 0.02)
+    found = reaches(high)
+    while not bool(found.all()):
+        high = torch.where(found, high, high * 1.03)
+        found = found | reaches(high)
+    low = high / 1.03
+    for _ in range(25):
+        middle = (low + high) / 2
+        above = reaches(middle)
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low
+
+
+def clustered(
+    low: float, high: float, noise: float = NEAR, seed: int = 0, queries: int = QUERIES
+) -> tuple[Tensor, Tensor]:
+    """32 clusters of 32 patterns whose fixed points contract by `low` to `high`; queries at centres + noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    centres = torch.nn.functional.normalize(normal(CLUSTERS, WIDTH), dim=-1) * CENTRE
+    targets = torch.linspace(low, high, CLUSTERS, dtype=torch.float64)
+    patterns = torch.empty(CLUSTERS, MEMBERS, WIDTH, dtype=torch.float64)
+    todo = torch.arange(CLUSTERS)
+    while len(todo):
+        directions = normal(len(todo), MEMBERS, WIDTH)
+        directions -= directions.mean(1, keepdim=True)
+        spread = _calibrate(directions, centres[todo], targets[todo])
+        patterns[todo] = centres[todo, None] + spread[:, None, None] * directions
+        # Some draws dissolve into single patterns before they contract as slowly as asked: draw those again.
+        missed = (_contraction(patterns[todo], centres[todo]) - targets[todo]).abs() > 1e-3
+        todo = todo[missed]
+    which = torch.randint(0, CLUSTERS, (queries,), generator=generator)
+    return patterns.reshape(-1, WIDTH), centres[which] + noise * normal(queries, WIDTH)
+
+
+def random_unit(count: int = 512, seed: int = 0, queries: int = QUERIES) -> tuple[Tensor, Tensor]:
+    """Random unit patterns and starts of .125 per coordinate: many attractors and saddles in reach."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(count, WIDTH, generator=generator, dtype=torch.float64)
+    starts = torch.randn(queries, WIDTH, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(patterns, dim=-1), 0.125 * starts
+
+
+def separated(seed: int = 0, queries: int = QUERIES) -> tuple[Tensor, Tensor]:
+    """1,024 well separated patterns of norm 1.5 sqrt(2) and queries near them: two or three steps."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(1024, WIDTH, generator=generator, dtype=torch.float64)
+    patterns = torch.nn.functional.normalize(patterns, dim=-1) * CENTRE * 2**0.5
+    which = torch.randint(0, 1024, (queries,), generator=generator)
+    noise = torch.randn(queries, WIDTH, generator=generator, dtype=torch.float64)
+    return patterns, patterns[which] + NEAR * noise
+
+
+def _make(name: str, data: Callable[[], tuple[Tensor, Tensor]], beta: float, unit: None | str | Forgetting = None,
+          ) -> Callable[[], RetrievalProblem]:  # fmt: skip
+    return lambda: RetrievalProblem(name, *data(), beta, unit)
+
+
+# PFU's constant threshold lies near the scores of a query's own cluster (beta |c|^2 = 18): the mask flips
+# early, and what it leaves contracts slowly.
+THRESHOLD = 12.0
+PROBLEMS: dict[str, Callable[[], RetrievalProblem]] = {
+    "easy": _make("easy", separated, BETA),
+    "het": _make("het", lambda: clustered(0.3, 0.99), BETA),
+    "r90": _make("r90", lambda: clustered(0.9, 0.9), BETA),
+    "r97": _make("r97", lambda: clustered(0.97, 0.97), BETA),
+    "r995": _make("r995", lambda: clustered(0.995, 0.995), BETA),
+    "span": _make("span", lambda: clustered(0.9, 0.995), BETA),
+    "het-far": _make("het-far", lambda: clustered(0.3, 0.99, FAR), BETA),
+    "relu": _make("relu", lambda: clustered(0.9, 0.995), BETA, "relu"),
+    "pfu": _make("pfu", lambda: clustered(0.9, 0.995), BETA, PFU(THRESHOLD)),
+    "random12": _make("random12", random_unit, 12.0),
+    "random20": _make("random20", random_unit, 20.0),
+}

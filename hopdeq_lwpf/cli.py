@@ -1,0 +1,217 @@
+"""The command line: `hopdeq-lwpf COMMAND`. Reads options and shows results; the work is done elsewhere.
+
+Nothing heavy is imported before a command runs, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hopdeq_lwpf.sweeps.summary import Grid
+
+PROGRAM = "hopdeq-lwpf"
+USAGE_ERROR, INTERRUPTED = 2, 130  # what shells and other tools use for these
+LOG_WIDTH = 200  # columns where there is no terminal that would say
+
+
+class _UsageError(Exception):
+    """What the parser objects to."""
+
+
+class _Parser(ArgumentParser):
+    """Raises instead of printing the usage: one line says what is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        raise _UsageError(message) from ex
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its settings class, what it does, and the work."""
+
+    settings: type
+    help: str
+    work: Callable[[Any], None]
+
+
+def _compare(spec: CompareSpec) -> None:
+    from hopdeq_lwpf.sweeps.compare import run
+    from hopdeq_lwpf.sweeps.summary import findings, summaries
+
+    comparison, paths = run(spec, _console(stderr=True))
+    console = _console()
+    for grid in summaries(comparison):
+        _show(grid, console)
+    for sentence in findings(comparison):
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print("\nwritten:", highlight=False)
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _retrieve(spec: RetrieveSpec) -> None:
+    from hopdeq_lwpf.sweeps.recall_files import recall_files
+
+    recalled = recall_files(spec, _console(stderr=True))
+    console = _console()
+    _show(recalled.grid(), console)
+    if recalled.failure is not None:
+        console.print(f"warning: {recalled.failure}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written: {spec.out}", markup=False, highlight=False, soft_wrap=True)
+
+
+COMMANDS = {
+    "compare": Command(
+        CompareSpec,
+        "one-step against converged retrieval, with and without forgetting: table, pictures, report",
+        _compare,
+    ),
+    "retrieve": Command(RetrieveSpec, "recall stored patterns for the queries of a file", _retrieve),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+
+    A mistake is one line on stderr. Anything else that goes wrong is a defect and shows its traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        chosen = _parser().parse_args(given)
+        command = COMMANDS[chosen.command]
+        # as_dict, since a setting called "values" would meet the method of the same name.
+        values = chosen[chosen.command].as_dict()
+        del values["config"]
+        command.work(command.settings(**values))
+    except _UsageError as error:
+        return _complain(_explain(str(error), given))
+    except UnicodeDecodeError as error:
+        return _complain(f"a settings file is not UTF-8 text ({error.reason})")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output went away, as `| head` does; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        return _complain(str(error))
+    return 0
+
+
+def _is_mistake(error: Exception) -> bool:
+    if isinstance(error, (SpecError, OSError)):
+        return True
+    # Imported here, not at the top: files are read with torch, which a wrong option does without.
+    from hopdeq_lwpf.data import DataError
+
+    return isinstance(error, DataError)
+
+
+def _complain(message: str) -> int:
+    sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
+    return USAGE_ERROR
+
+
+def _parser() -> ArgumentParser:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        installed = version("hopdeq-lwpf")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        installed = "unknown"
+    parser = _Parser(
+        prog=PROGRAM,
+        version=installed,
+        allow_abbrev=False,
+        description="Modern Hopfield networks with partial forgetting as fixed-point functions.",
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, _subparser(command), help=command.help)
+    return parser
+
+
+def _subparser(command: Command) -> ArgumentParser:
+    parser = _Parser(allow_abbrev=False, description=command.help)
+    parser.add_argument("--config", action="config", help="YAML file of settings; later options win over it")
+    types = get_type_hints(command.settings)
+    for entry in fields(command.settings):
+        kind, default = types[entry.name], entry.default
+        assert default is not MISSING
+        several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
+        parser.add_argument(
+            f"--{entry.name}",
+            type=get_args(kind)[0] if several else kind,
+            default=list(default) if isinstance(default, tuple) else default,
+            help=entry.metadata["help"],
+            nargs="*" if several else None,
+        )
+    return parser
+
+
+def _explain(message: str, given: Sequence[str]) -> str:
+    """The parser's objection in one line, with the nearest name that would have been right."""
+    name = next((word for word in given if word in COMMANDS), None)
+    options = [entry.name for entry in fields(COMMANDS[name].settings)] + ["config"] if name else []
+    found = re.search(r"unrecognized arguments: (.*)", message)
+    if found:
+        wrong = found[1].split()[0]
+        near = _nearest(wrong.lstrip("-").split("=")[0].replace("-", "_"), [*options, "print_config", "help"])
+        return f"unknown option {wrong!r}" + (
+            f"; did you mean '--{near}'?" if near else f"; see {PROGRAM} --help"
+        )
+    found = re.search(r"does not accept option '([^']*)'", message)
+    if found:
+        near = _nearest(found[1], options)
+        return f"unknown key {found[1]!r} in the settings" + (f"; did you mean {near!r}?" if near else "")
+    found = re.search(r"invalid choice: '([^']*)'", message)
+    if found or 'expected "command"' in message:
+        near = _nearest(found[1], COMMANDS) if found else None
+        hint = f"; did you mean {near!r}?" if near else f"; it must be one of {', '.join(COMMANDS)}"
+        return (f"unknown command {found[1]!r}" if found else "a command is missing") + hint
+    message = message.replace("Parser key ", "").replace("Problems parsing config: ", "settings file: ")
+    return re.sub(r"<class '(\w+)'>", r"\1", message)
+
+
+def _nearest(name: str, allowed: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return near[0] if near else None
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=LOG_WIDTH)
+
+
+def _show(grid: Grid, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE, show_header=any(grid.header))
+    for number, name in enumerate(grid.header):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for line in grid.lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

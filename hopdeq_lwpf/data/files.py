@@ -1,0 +1,212 @@
+"""Arrays from and to files. Reading errors are one class with one line; nothing is left half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SUFFIXES = (".npy", ".npz", ".csv")
+
+
+class DataError(ValueError):
+    """A file cannot be read, or holds something else than what is needed; one line that names the file."""
+
+
+def read_array(
+    path: str | os.PathLike[str],
+    *,
+    names: Sequence[str] = (),
+    width: int | None = None,
+    finite: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The matrix in a file, (rows, width), converted to `dtype`.
+
+    .npy: the array (object arrays are refused: reading them would run code). .npz: the only array in it, or
+    the one that has one of `names`. .csv: comma-separated numbers, one row a line; a first line without any
+    number is taken as a header. `width`: how many columns are needed, None for any. `finite`: whether NaN and
+    inf are refused. dtype: float32 by default, which is what retrieval runs in.
+    Raises DataError, with one line, for a file that is missing, empty, cut off, not numeric, not a matrix, or
+    of another width.
+    """
+    array = _load(Path(path), names)
+    if array.ndim != 2:
+        raise DataError(
+            f"{path}: needs a matrix with one item a row, got shape {array.shape}"
+            + (f"; reshape it to {(len(array), int(np.prod(array.shape[1:])))}" if array.ndim > 2 else "")
+        )
+    if 0 in array.shape:
+        raise DataError(f"{path}: is empty (shape {array.shape})")
+    if width is not None and array.shape[1] != width:
+        raise DataError(f"{path}: has rows of {array.shape[1]} numbers, but the patterns have {width}")
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).to(dtype)
+    if finite and not bool(tensor.isfinite().all()):
+        row = int((~tensor.isfinite().all(-1)).nonzero()[0])
+        raise DataError(f"{path}: row {row} (counted from 0) holds NaN or a value too large for {dtype}")
+    return tensor
+
+
+def read_indices(path: str | os.PathLike[str], *, count: int, limit: int) -> Tensor:
+    """(count,) int64 indices in [0, limit) from a file of one number an item; DataError otherwise."""
+    array = _load(Path(path), ("targets", "index"))
+    if array.size != count or array.ndim > 2 or (array.ndim == 2 and 1 not in array.shape):
+        raise DataError(f"{path}: needs one index for each of the {count} queries, got shape {array.shape}")
+    flat = array.reshape(-1).astype(np.float64)
+    if not bool(np.isfinite(flat).all()) or bool((flat != np.floor(flat)).any()):
+        raise DataError(f"{path}: indices must be whole numbers")
+    if flat.min() < 0 or flat.max() >= limit:
+        raise DataError(
+            f"{path}: indices must be from 0 to {limit - 1}, got {flat.min():g} to {flat.max():g}"
+        )
+    return torch.from_numpy(flat.astype(np.int64))
+
+
+def _load(path: Path, names: Sequence[str]) -> np.ndarray:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: is empty")
+        if path.suffix == ".csv":
+            return _load_csv(path)
+        return _load_npz(path, names) if path.suffix == ".npz" else _checked(path, _load_npy(path))
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or 'cannot be read'}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        detail = (str(error).splitlines() or [""])[0]
+        raise DataError(f"{path}: is damaged, cut off, or no {path.suffix} file ({detail})") from error
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _load_npz(path: Path, names: Sequence[str]) -> np.ndarray:
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: is damaged, cut off, or no .npz file")
+    with np.load(path, allow_pickle=False) as archive:
+        wanted = [name for name in names if name in archive.files] or archive.files
+        if len(wanted) != 1:
+            asked = f"; name one of them {' or '.join(map(repr, names))}" if names else ""
+            raise DataError(f"{path}: holds {len(archive.files)} arrays {sorted(archive.files)}{asked}")
+        array = archive[wanted[0]]
+    if not isinstance(array, np.ndarray):  # numpy hands out any other file as bytes
+        raise DataError(f"{path}: holds {wanted[0]!r}, which is no array")
+    return _checked(path, array)
+
+
+def _checked(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{path}: needs real numbers, got dtype {array.dtype}")
+    return array
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _load_csv(path: Path) -> np.ndarray:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not a text file") from error
+    rows = [(number, line.split(",")) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if rows and not any(_is_number(cell) for cell in rows[0][1]):
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path}: holds no numbers")
+    width = len(rows[0][1])
+    for number, cells in rows:
+        if len(cells) != width:
+            raise DataError(f"{path}: line {number} has {len(cells)} numbers, the first row has {width}")
+        wrong = next((cell for cell in cells if not _is_number(cell)), None)
+        if wrong is not None:
+            raise DataError(f"{path}: line {number} holds {wrong.strip()[:40]!r}, which is not a number")
+    return np.array([cells for _, cells in rows], dtype=np.float64)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`: takes its place when the block succeeds, is removed otherwise."""
+    target = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes the file private; results are meant to be shared
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files move into `path` when the block succeeds; otherwise none of them does.
+
+    Files of the same name are replaced, others in `path` stay. Made beside `path`, so that a folder that
+    cannot be written is found out before the work and not after it.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise DataError(f"{target}: is a file, needs a folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        target.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor], main: str) -> None:
+    """Write arrays by the suffix of `path`: all of them to .npz, only `arrays[main]` to .npy or .csv.
+
+    Numbers in .csv have 9 significant digits, which bring a float32 back exactly. Raises DataError for
+    another suffix or a folder that is not there; what stood at `path` stays whole until the new file is.
+    """
+    target = Path(path)
+    check_output(target)
+    columns = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+    with replacing(target) as temporary, temporary.open("wb") as file:
+        if target.suffix == ".npz":
+            np.savez_compressed(file, **columns)  # type: ignore[arg-type]
+        elif target.suffix == ".npy":
+            np.save(file, columns[main], allow_pickle=False)
+        else:
+            np.savetxt(file, columns[main], delimiter=",", fmt="%.9g")
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """DataError unless `path` has a known suffix and its folder is there; asked before the work is done."""
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise DataError(f"{target}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not target.parent.is_dir():
+        raise DataError(f"{target}: the folder {target.parent} does not exist")
+    if target.is_dir():
+        raise DataError(f"{target}: is a folder")

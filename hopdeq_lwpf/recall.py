@@ -1,0 +1,128 @@
+"""retrieve(): the one-call front of retrieval and solver."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind, wide
+from hopdeq_lwpf.forgetting import Forgetting
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine, group
+from hopdeq_lwpf.separation import Separation
+from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
+from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.registry import make_solver
+from hopdeq_lwpf.solvers.solve import check_steps, fixed_point, judge_step
+from hopdeq_lwpf.solvers.termination import Termination
+
+
+@dataclass(frozen=True)
+class Recall(Solution):
+    """What was recalled, one entry a query in every field; these four carry no gradient.
+
+    index: the stored pattern of largest weight at the read-out, int64; -1 where everything was forgotten or
+        masked. weight: its weight, 0 there. support: how many patterns have a weight above 0.
+    energy: of the returned state; None where the function has none.
+    """
+
+    index: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    weight: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    support: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    energy: Tensor | None = None
+
+
+def retrieve(
+    query: Tensor,
+    patterns: Tensor,
+    *,
+    beta: float | Tensor = 1.0,
+    values: Tensor | None = None,
+    forgetting: None | str | Forgetting = None,
+    separation: str | Separation = "softmax",
+    mask: Tensor | None = None,
+    steps: int | None = None,
+    inject: str = "start",
+    inject_weight: float | Tensor = 1.0,
+    solver: str | Solver = "auto",
+    stop: Termination = Termination(),  # noqa: B008 (frozen)
+    adjoint: str | Adjoint = "implicit",
+    trace: bool = False,
+) -> Recall:
+    """Recall stored patterns from queries: one step of attention, k steps, or the converged dynamics.
+
+    query (*batch, d); patterns (N, d), or sets as in `Retrieval.prepare`; values: what is read out instead of
+    the patterns, (N, dv) or with the patterns' leading dimensions. mask: bool, True = ignore.
+    beta, forgetting, separation, inject, inject_weight: see `Retrieval`.
+    steps: how many times the separation function is applied: k - 1 state updates with the patterns and one
+        read-out with the values, so that 1 is attention; None reads out at the equilibrium.
+    solver, stop, adjoint, trace: see `fixed_point`.
+
+    Returns a Recall whose `value` is the read-out (*batch, dv) without the injected query, with gradient, and
+    whose `state` is the equilibrium, or the k-th iterate. A query that requires grad is refused when
+    inject="start" and steps=None, since its gradient would be lost (see `fixed_point`).
+    """
+    check_steps(steps)
+    f = Retrieval(
+        beta, separation=separation, forgetting=forgetting, inject=inject, inject_weight=inject_weight
+    )
+    x = f.prepare(query, patterns, mask)
+    read = x.patterns if values is None else _lay_values(values, query, patterns)
+    if steps is None:
+        solution = fixed_point(f, x, f.init(x), solver=solver, stop=stop, adjoint=adjoint, trace=trace)
+        return _recall(f, x, solution, f.weights(solution.value, x), read)
+    # The names are checked although k steps use neither, so that a misspelt one is never silent.
+    make_solver(solver)
+    make_adjoint(adjoint)
+    solution, weights = _k_steps(f, x, steps, stop, trace)
+    return _recall(f, x, solution, weights, read)
+
+
+def _k_steps(
+    f: Retrieval, x: RetrievalContext, steps: int, stop: Termination, trace: bool
+) -> tuple[Solution, Tensor]:
+    """The solution after k applications, and the weights of the last one, which also read out."""
+    z = f.init(x)
+    before = z if steps == 1 else fixed_point(f, x, z, steps=steps - 1, stop=stop).value
+    weights = f.weights(before, x)
+    after = f.update(weights, x).reshape(z.shape)
+    result, residual = judge_step(wide(before), wide(after), stop)
+    count = torch.full_like(result, steps)
+    history = None
+    if trace:
+        with torch.no_grad():
+            history = fixed_point(f, x, z, steps=steps, stop=stop, trace=True).trace
+    return Solution(after, after, result, residual, count, count.clone(), history), weights
+
+
+def _recall(f: Retrieval, x: RetrievalContext, solution: Solution, weights: Tensor, read: Tensor) -> Recall:
+    batch = weights.shape[:-1]
+    value = combine(weights.reshape(-1, weights.shape[-1]), read).reshape(*batch, read.shape[-1])
+    with torch.no_grad():
+        weight, index = weights.max(-1)
+        empty = weight == 0
+        fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)}
+        return Recall(
+            **{**fields, "value": value},
+            index=index.masked_fill(empty, -1),
+            weight=weight,
+            support=(weights > 0).sum(-1),
+            energy=f.energy(solution.state.detach(), x) if f.has_energy else None,
+        )
+
+
+def _lay_values(values: Tensor, query: Tensor, patterns: Tensor) -> Tensor:
+    """Values beside the patterns: (N, dv) or (G, N, dv)."""
+    check_float_tensor("values", values)
+    check_same_kind("values", values, "patterns", patterns)
+    if (
+        values.ndim < 2
+        or values.shape[:-1] != patterns.shape[: values.ndim - 1]
+        or values.ndim != patterns.ndim
+    ):
+        raise ValueError(
+            f"values must have one row a pattern, {tuple(patterns.shape[:-1])} + (dv,); got {tuple(values.shape)}"
+        )
+    return values if values.ndim == 2 else group(query.shape[:-1], values)

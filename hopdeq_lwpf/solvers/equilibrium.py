@@ -1,0 +1,115 @@
+"""A fixed-point function as a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hopdeq_lwpf._types import Context, ConvergenceWarning, Solution, State, unknown
+from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
+from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.registry import make_solver
+from hopdeq_lwpf.solvers.solve import check_steps, fixed_point
+from hopdeq_lwpf.solvers.termination import Termination
+
+ON_FAILURE = ("warn", "raise", "ignore")
+DETACHED = "z0 was detached: at an equilibrium the gradient to the starting state is zero"
+
+
+class Equilibrium(nn.Module):
+    """The equilibrium of f as a module: forward(x) -> z with z = f(z, x).
+
+    The context is `f.prepare(x)` where f has `prepare`, else x; the start is `f.init(context)` where f has
+    `init`, else zeros like x. `steps`, `solver`, `stop` and `adjoint` are those of `fixed_point`.
+
+    on_failure: "warn", "raise" or "ignore" when problems do not converge (steps=k never fails).
+    `last_solution` holds the detached Solution of the last call, for a look at residual and steps.
+    """
+
+    last_solution: Solution | None
+
+    def __init__(
+        self,
+        f: Callable[[State, Context], State],
+        *,
+        steps: int | None = None,
+        solver: str | Solver = "auto",
+        stop: Termination = Termination(),  # noqa: B008 (frozen)
+        adjoint: str | Adjoint = "implicit",
+        on_failure: str = "warn",
+    ) -> None:
+        super().__init__()
+        check_steps(steps)
+        make_solver(solver)
+        make_adjoint(adjoint)
+        if on_failure not in ON_FAILURE:
+            raise unknown("on_failure", on_failure, ON_FAILURE)
+        self.f = f
+        self.steps = steps
+        self.solver = solver
+        self.stop = stop
+        self.adjoint = adjoint
+        self.on_failure = on_failure
+        self.last_solution = None
+        self._told = False
+
+    def forward(self, x: Any, z0: State | None = None, *, return_solution: bool = False) -> State | Solution:
+        """x -> the equilibrium (a tensor or pytree shaped as z0), or the whole Solution."""
+        context = self.f.prepare(x) if hasattr(self.f, "prepare") else x
+        z0, note = self._detach(self._start(x, context) if z0 is None else z0)
+        solution = fixed_point(
+            self.f, context, z0, steps=self.steps, solver=self.solver, stop=self.stop, adjoint=self.adjoint
+        )
+        solution = dataclasses.replace(solution, note=note)
+        self.last_solution = dataclasses.replace(
+            solution,
+            value=pytree.tree_map(Tensor.detach, solution.value),
+            state=pytree.tree_map(Tensor.detach, solution.state),
+        )
+        self._report(solution)
+        return solution if return_solution else solution.value
+
+    def _start(self, x: Any, context: Context) -> State:
+        if hasattr(self.f, "init"):
+            return self.f.init(context)
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"z0 is needed: f has no init(context) and x is a {type(x).__name__}, not a tensor"
+            )
+        return torch.zeros_like(x)
+
+    def _detach(self, z0: State) -> tuple[State, str]:
+        """z0 without gradient where the adjoint would drop it; says so once, and in every Solution."""
+        drops = self.steps is None and make_adjoint(self.adjoint).drops_z0 and torch.is_grad_enabled()
+        if not drops or not any(leaf.requires_grad for leaf in pytree.tree_leaves(z0)):
+            return z0, ""
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{DETACHED}. Use inject='input', steps=k or adjoint='unrolled' to train what makes z0.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return pytree.tree_map(Tensor.detach, z0), DETACHED
+
+    def _report(self, solution: Solution) -> None:
+        if self.steps is not None or self.on_failure == "ignore":
+            return
+        message = solution.failure()
+        if message is None:
+            return
+        if self.on_failure == "raise":
+            solution.require()
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "last_solution": None}
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, solver={self.solver!r}, adjoint={self.adjoint!r}, on_failure={self.on_failure!r}"

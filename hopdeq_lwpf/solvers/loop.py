@@ -1,0 +1,193 @@
+"""The one loop: it evaluates, tests, records, drops and traces. Solvers only propose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopdeq_lwpf._types import Result, Trace
+from hopdeq_lwpf.solvers.base import Iterate, Memory, Solver, pick, take
+from hopdeq_lwpf.solvers.termination import Termination
+from hopdeq_lwpf.solvers.view import FlatFunction
+
+# Re-packing costs about one evaluation, so it must spare more than that; below a handful of rows an
+# evaluation costs its overhead whatever the number of rows.
+DROP_BELOW = 0.7
+SMALLEST_BATCH = 8
+
+
+@dataclass
+class Outcome:
+    """The flat result of a solve, one row a problem; filled as problems stop."""
+
+    z: Tensor  # (B, n)
+    result: Tensor
+    residual: Tensor
+    steps: Tensor
+    evaluations: Tensor
+    trace: Trace | None = None
+
+    @classmethod
+    def empty(cls, z: Tensor) -> Outcome:
+        batch, device = z.shape[:1], z.device
+        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        residual = torch.full(batch, float("nan"), dtype=z.dtype, device=device)
+        return cls(z, torch.full_like(count, int(Result.MAX_STEPS)), residual, count, count)
+
+    def write(self, rows: Tensor | None, stopped: Tensor, entries: dict[str, Tensor]) -> None:
+        """Enter the problems in `stopped`; `rows` maps working rows to problems (None: one to one)."""
+        if rows is not None:
+            here = stopped.nonzero().squeeze(1)
+            there = rows.index_select(0, here)
+        for name, value in entries.items():
+            old = getattr(self, name)
+            if rows is not None:
+                new = old.index_copy(0, there, value.index_select(0, here))
+            else:
+                new = pick(stopped, value, old) if value.ndim > 1 else torch.where(stopped, value, old)
+            setattr(self, name, new)
+
+
+@dataclass
+class _Work:
+    """The rows still worked on."""
+
+    f: FlatFunction
+    z: Tensor
+    live: Tensor  # (B',) bool; rows that have stopped ride along until they are dropped
+    best_z: Tensor
+    best: Tensor  # (B',): lowest relative residual seen at a test
+    remaining: int
+    memory: Memory = None
+    rows: Tensor | None = None  # the problem of each row; None: all, in order
+    scale: Tensor | None = None  # (B',): what divergence is measured against
+
+    @classmethod
+    def start(cls, f: FlatFunction, z: Tensor) -> _Work:
+        best = torch.full(z.shape[:1], float("inf"), dtype=z.dtype, device=z.device)
+        return cls(f, z, best > 0, z, best, z.shape[0])
+
+    def drop(self) -> Tensor | None:
+        """Re-pack when enough rows have stopped and f can be narrowed; the rows that stay, or None."""
+        current = self.z.shape[0]
+        if current < SMALLEST_BATCH or self.remaining > DROP_BELOW * current:
+            return None
+        narrowed = self.f.narrow(self.live)
+        if narrowed is None or narrowed[1].shape[0] > DROP_BELOW * current:
+            return None
+        self.f, keep = narrowed
+        self.rows = keep if self.rows is None else self.rows.index_select(0, keep)
+        for name in ("z", "live", "best_z", "best", "memory", "scale"):
+            setattr(self, name, take(getattr(self, name), keep))
+        return keep
+
+    @torch.no_grad()
+    def judge(self, fz: Tensor, stop: Termination, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows stop now (bool), with which code, and the relative residual of every row."""
+        z = self.z.detach()
+        residual = torch.linalg.vector_norm(fz.detach() - z, dim=-1)
+        size = torch.linalg.vector_norm(fz.detach(), dim=-1)
+        if self.scale is None:
+            self.scale = torch.maximum(residual, size) * stop.divergence
+        converged = residual <= stop.rtol * size + stop.atol
+        sane = residual <= self.scale  # False for NaN and for inf
+        if step == stop.max_steps:
+            stopped = self.live
+        else:
+            stopped = self.live & (converged | ~sane)
+        relative = residual / size.clamp_min(torch.finfo(size.dtype).tiny)
+        failed = torch.where(residual < float("inf"), int(Result.DIVERGED), int(Result.NONFINITE))
+        code = torch.where(converged, int(Result.CONVERGED), torch.where(sane, int(Result.MAX_STEPS), failed))
+        return stopped, code, relative
+
+
+def run(
+    f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, *, trace: bool = False, drop: bool = True
+) -> Outcome:
+    """Iterate `solver` on f from z0 (B, n) until every problem has stopped.
+
+    With gradients enabled every operation is recorded (nothing is done in place); pass `drop=False` then.
+    """
+    outcome = Outcome.empty(z0)
+    history = _History(f.has_energy, z0.shape[0]) if trace else None
+    work = _Work.start(f, z0)
+    want_energy = f.has_energy and (solver.uses_energy or trace)
+    step = 0
+    while work.remaining:
+        fz, energy, piece = work.f.evaluate(work.z) if want_energy else (work.f(work.z), None, None)
+        if history is not None:
+            history.add(work, fz, energy)
+        if stop.checks(step):
+            _test(work, outcome, fz, stop, step)
+            if not work.remaining:
+                break
+            keep = work.drop() if drop else None
+            if keep is not None:
+                fz, energy, piece = take((fz, energy, piece), keep)
+        metric = work.f.metric(work.z) if solver.uses_metric else None
+        work.z, work.memory = solver.propose(
+            work.memory, Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
+        )
+        step += 1
+    if history is not None:
+        outcome.trace = history.finish(f, outcome.z)
+    return outcome
+
+
+def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int) -> None:
+    """Judge every row, keep the best iterate of each, and record those that stop."""
+    stopped, code, relative = work.judge(fz, stop, step)
+    better = relative < work.best
+    work.best = torch.where(better, relative, work.best)
+    work.best_z = work.z if bool(better.all()) else pick(better, work.z, work.best_z)
+    work.live = work.live & ~stopped
+    before, work.remaining = work.remaining, int(work.live.sum())
+    if work.remaining == before:
+        return
+    converged = code == int(Result.CONVERGED)
+    count = torch.full_like(code, step)
+    outcome.write(
+        work.rows,
+        stopped,
+        {
+            "z": pick(converged, work.z, work.best_z),
+            "result": code,
+            "residual": torch.where(converged, relative, work.best),
+            "steps": count,
+            "evaluations": count + 1,
+        },
+    )
+
+
+class _History:
+    """Residuals and energies of every evaluation, NaN for problems that have stopped."""
+
+    def __init__(self, has_energy: bool, batch: int) -> None:
+        self.has_energy = has_energy
+        self.batch = batch
+        self.residuals: list[Tensor] = []
+        self.energies: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, work: _Work, fz: Tensor, energy: Tensor | None) -> None:
+        size = torch.linalg.vector_norm(fz, dim=-1).clamp_min(torch.finfo(fz.dtype).tiny)
+        self.residuals.append(self._spread(work, torch.linalg.vector_norm(fz - work.z, dim=-1) / size))
+        if energy is not None:
+            self.energies.append(self._spread(work, energy))
+
+    def _spread(self, work: _Work, values: Tensor) -> Tensor:
+        values = values.detach().masked_fill(~work.live, float("nan"))
+        if work.rows is None:
+            return values
+        return values.new_full((self.batch,), float("nan")).index_copy(0, work.rows, values)
+
+    def finish(self, f: FlatFunction, z: Tensor) -> Trace:
+        """(T, *batch) tensors."""
+        batch = f.view.batch_shape
+
+        def stack(rows: list[Tensor]) -> Tensor:
+            return torch.stack(rows).reshape(-1, *batch) if rows else z.new_zeros((0, *batch))
+
+        return Trace(stack(self.residuals), stack(self.energies) if self.has_energy else None)

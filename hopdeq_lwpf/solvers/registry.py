@@ -1,0 +1,54 @@
+"""Solvers by name, and the choice that "auto" makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hopdeq_lwpf._types import identity, unknown
+from hopdeq_lwpf.solvers.anderson import Anderson
+from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.broyden import Broyden
+from hopdeq_lwpf.solvers.lbfgs import LBFGS
+from hopdeq_lwpf.solvers.picard import Picard
+from hopdeq_lwpf.solvers.view import FlatFunction
+
+SOLVERS: dict[str, Callable[[], Solver]] = {
+    "picard": Picard,
+    "anderson": Anderson,
+    "broyden": Broyden,
+    "lbfgs": LBFGS,
+}
+
+
+def register_solver(name: str, factory: Callable[[], Solver]) -> None:
+    """Make `solver=name` mean `factory()`; a name that is taken is an error."""
+    if name in SOLVERS or name == "auto":
+        raise ValueError(f"solver {name!r} is already registered")
+    SOLVERS[name] = factory
+
+
+def make_solver(spec: str | Solver) -> Solver | None:
+    """The solver for a name or an object; None for "auto", which needs to see the function."""
+    if isinstance(spec, str):
+        if spec == "auto":
+            return None
+        if spec not in SOLVERS:
+            raise unknown("solver", spec, [*SOLVERS, "auto"])
+        return SOLVERS[spec]()
+    if isinstance(spec, type) or not callable(getattr(spec, "propose", None)):
+        raise TypeError(f"solver must be a name or an object such as LBFGS(memory=3), got {spec!r}")
+    return spec
+
+
+def choose_solver(f: FlatFunction, z0: Tensor) -> Solver:
+    """What "auto" means for this function.
+
+    Energy and symmetric Jacobian (retrieval): guarded L-BFGS, which keeps the basin of plain iteration.
+    Energy in another metric (hierarchical memories): Picard, since accelerated solvers reach another minimum
+    in one problem of five there. No energy: Picard, and Anderson only where it is slow.
+    """
+    if f.has_energy:
+        return LBFGS() if f.metric(z0) is identity else Picard()
+    return Anderson(memory=5, warmup=4, patience=15)

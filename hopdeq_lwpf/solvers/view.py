@@ -1,0 +1,146 @@
+"""One matrix for any state: a pytree of tensors with a batch shape becomes (problems, numbers a problem)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from hopdeq_lwpf._types import WIDE, Context, Matvec, State, check_float_tensor, identity
+
+
+@dataclass(frozen=True)
+class StateView:
+    """How a state is laid out, so that solvers see (B, n) in float32 or wider and f sees what it expects."""
+
+    batch_shape: torch.Size
+    shapes: tuple[torch.Size, ...]  # the state part of each leaf
+    dtypes: tuple[torch.dtype, ...]
+    spec: Any
+    work: torch.dtype
+
+    @classmethod
+    def of(cls, f: Callable[..., State], z: State) -> StateView:
+        """The layout of `z` under the `state_ndim` that f declares (default: all but dim 0)."""
+        leaves, spec = pytree.tree_flatten(z)
+        if not leaves:
+            raise TypeError("the state z0 holds no tensor")
+        declared = getattr(f, "state_ndim", None)
+        batches, shapes = [], []
+        for leaf in leaves:
+            check_float_tensor("the state z0", leaf)
+            ndim = leaf.ndim - 1 if declared is None else declared
+            if not 0 <= ndim <= leaf.ndim or (declared is None and leaf.ndim == 0):
+                raise ValueError(
+                    f"the state z0 has shape {tuple(leaf.shape)}; it needs at least "
+                    f"{1 if declared is None else declared} dimensions (f.state_ndim={declared})"
+                )
+            batches.append(leaf.shape[: leaf.ndim - ndim])
+            shapes.append(leaf.shape[leaf.ndim - ndim :])
+        if any(batch != batches[0] for batch in batches):
+            raise ValueError(
+                f"the tensors of the state have different batch shapes: {[tuple(b) for b in batches]}"
+            )
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        work = torch.float32
+        for dtype in dtypes:
+            work = torch.promote_types(work, WIDE.get(dtype, dtype))
+        return cls(batches[0], tuple(shapes), dtypes, spec, work)
+
+    @property
+    def problems(self) -> int:
+        return self.batch_shape.numel()
+
+    def flatten(self, z: State) -> Tensor:
+        """State -> (B, n) in the working dtype."""
+        leaves = pytree.tree_leaves(z)
+        if len(leaves) == 1:
+            return self._flat(leaves[0], self.shapes[0])
+        return torch.cat(
+            [self._flat(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)], 1
+        )
+
+    def _flat(self, leaf: Tensor, shape: torch.Size) -> Tensor:
+        return (
+            leaf.reshape(-1, shape.numel()).to(self.work)
+            if leaf.numel()
+            else leaf.new_zeros(
+                (leaf.shape[: leaf.ndim - len(shape)].numel(), shape.numel()), dtype=self.work
+            )
+        )
+
+    def unflatten(self, flat: Tensor) -> State:
+        """(B, n) -> state; fewer rows than problems get the batch shape (rows,)."""
+        batch = self.batch_shape if flat.shape[0] == self.problems else flat.shape[:1]
+        if len(self.shapes) == 1:
+            leaves = [flat.reshape(batch + self.shapes[0]).to(self.dtypes[0])]
+        else:
+            parts = flat.split([shape.numel() for shape in self.shapes], 1)
+            leaves = [
+                part.reshape(batch + shape).to(dtype)
+                for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def check(self, fz: State) -> None:
+        """Raise unless f returned what it was given: same structure, same shapes."""
+        leaves, spec = pytree.tree_flatten(fz)
+        expected = [tuple(self.batch_shape + shape) for shape in self.shapes]
+        got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
+        if spec != self.spec or got != expected:
+            raise ValueError(f"f(z, x) must return the shape of z, {expected}; it returned {got}")
+
+
+class FlatFunction:
+    """f over flat states: (B, n) -> (B, n), with energy and metric where f has them."""
+
+    def __init__(self, f: Callable[..., State], x: Context, view: StateView, device: str = "cpu") -> None:
+        self.f = f
+        self.x = x
+        self.view = view
+        self.device = device
+        self.has_energy = bool(getattr(f, "has_energy", False))
+        self._evaluate = getattr(f, "evaluate", None)
+        self._select = getattr(f, "select", None)
+        self._checked = False
+        # What one rounding of f costs, relative; guards must allow for it.
+        dtypes = set(view.dtypes)
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+        self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        fz = self.f(self.view.unflatten(flat), self.x)
+        if not self._checked:
+            self.view.check(fz)
+            self._checked = True
+        return self.view.flatten(fz)
+
+    def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f, its energy and the piece of f that the state lies in: (B, n), (B,), (B,) or None."""
+        z = self.view.unflatten(flat)
+        if self._evaluate is None:
+            return self(flat), self.f.energy(z, self.x).reshape(-1), None  # type: ignore[attr-defined]
+        fz, energy, piece = self._evaluate(z, self.x)
+        return self.view.flatten(fz), energy.reshape(-1), None if piece is None else piece.reshape(-1)
+
+    def metric(self, flat: Tensor) -> Matvec | None:
+        """M(z) over flat vectors, or None where f declares none."""
+        declared = getattr(self.f, "metric", None)
+        apply = None if declared is None else declared(self.view.unflatten(flat), self.x)
+        if apply is None or apply is identity:
+            return apply
+        return lambda v: self.view.flatten(apply(self.view.unflatten(v)))
+
+    def narrow(self, live: Tensor) -> tuple[FlatFunction, Tensor] | None:
+        """The function over a subset of rows that holds all live ones, and those rows; None if f cannot."""
+        if self._select is None:
+            return None
+        x, rows = self._select(self.x, live)
+        narrowed = FlatFunction(self.f, x, self.view, self.device)
+        narrowed._checked = True
+        return narrowed, rows
