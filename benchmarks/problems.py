@@ -34,9 +34,10 @@ class RetrievalProblem:
 
 
 def _contraction(clusters: Tensor, centres: Tensor) -> Tensor:
-    """Largest eigenvalue of each cluster's Jacobian where plain iteration from its centre ends: (K, n, d) -> (K,).
+    """Largest eigenvalue of each cluster's Jacobian where plain iteration from its centre ends.
 
-    1 where that point holds fewer than four patterns: the cluster has split. Each cluster by itself: the others carry a weight of some e^-16 there.
+    (K, n, d), (K, d) -> (K,); 1 where that point holds fewer than four patterns: the cluster has split. Each
+    cluster by itself: the others carry a weight of some e^-16 there.
     """
     z = centres
     for _ in range(5000):
@@ -126,13 +127,23 @@ THRESHOLD = 12.0
 PROBLEMS: dict[str, Callable[[], RetrievalProblem]] = {
     "easy": _make("easy", separated, BETA),
     "het": _make("het", lambda: clustered(0.3, 0.99), BETA),
-    "r90": _make("r90", lambda: clustered(0.9, 0.9), BETA),
     "r97": _make("r97", lambda: clustered(0.97, 0.97), BETA),
     "r995": _make("r995", lambda: clustered(0.995, 0.995), BETA),
     "span": _make("span", lambda: clustered(0.9, 0.995), BETA),
-    "het-far": _make("het-far", lambda: clustered(0.3, 0.99, FAR), BETA),
-    "relu": _make("relu", lambda: clustered(0.9, 0.995), BETA, "relu"),
     "pfu": _make("pfu", lambda: clustered(0.9, 0.995), BETA, PFU(THRESHOLD)),
-    "random12": _make("random12", random_unit, 12.0),
-    "random20": _make("random20", random_unit, 20.0),
+    "random": _make("random", random_unit, 20.0),
 }
+
+
+def regimes(queries: int = QUERIES, seed: int = 1) -> dict[str, RetrievalProblem]:
+    """Near, far and random starts, each without forgetting, with ReLU and with PFU."""
+    near = clustered(0.9, 0.995, NEAR, seed, queries)
+    far = clustered(0.9, 0.995, FAR, seed, queries)
+    loose = random_unit(512, seed, queries)
+    made = {}
+    for name, data, beta, threshold in (("near", near, BETA, THRESHOLD), ("far", far, BETA, THRESHOLD),
+                                        ("random", loose, 12.0, 2.0)):  # fmt: skip
+        for unit_name, unit in (("softmax", None), ("ReLU", "relu"), ("PFU", PFU(threshold))):
+            key = f"{name}, {unit_name}"
+            made[key] = RetrievalProblem(key, *data, beta, unit)
+    return made

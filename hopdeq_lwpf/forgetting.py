@@ -263,13 +263,14 @@ class PFU(Forgetting):
 class TopK(Forgetting):
     """Keeps exactly k unmasked scores of each row, all if there are fewer; ties by lowest index.
 
-    k: at least 1. bias: what the others become, a finite number (0.0, as the forgotten scores of the ReLU
+    k: at least 1; 8 leaves room for a metastable state of a few patterns.
+    bias: what the others become, a finite number (0.0, as the forgotten scores of the ReLU
     unit) or "threshold", the largest of the forgotten scores, with its gradient.
     """
 
     _settings = ("k", "bias")
 
-    def __init__(self, k: int, bias: str | float = 0.0) -> None:
+    def __init__(self, k: int = 8, bias: str | float = 0.0) -> None:
         super().__init__()
         self.k = _count("k", k, 1)
         self.bias = _number_or("bias", bias, "threshold")
@@ -303,7 +304,7 @@ UNITS: dict[str, type[Forgetting]] = {"keep": Keep, "pfu": PFU, "relu": ReLU, "t
 def make_forgetting(spec: None | str | Forgetting) -> Forgetting:
     """The unit that is meant: None is `Keep`, a name a unit with its defaults, a unit itself.
 
-    Raises ValueError for an unknown name and for "topk", which has no default k; TypeError for other things.
+    Raises ValueError for an unknown name, TypeError for other things.
     """
     if spec is None:
         return Keep()
@@ -314,8 +315,6 @@ def make_forgetting(spec: None | str | Forgetting) -> Forgetting:
         raise TypeError(f"forgetting must be None, a name or a Forgetting unit, got {spec!r}{hint}")
     if spec not in UNITS:
         raise unknown("forgetting", spec, UNITS)
-    if spec == "topk":
-        raise ValueError("forgetting 'topk' needs to know how many to keep: pass TopK(k)")
     return UNITS[spec]()
 
 

@@ -34,7 +34,7 @@ class Recall(Solution):
     energy: Tensor | None = None
 
 
-def retrieve(
+def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     query: Tensor,
     patterns: Tensor,
     *,
@@ -71,7 +71,9 @@ def retrieve(
     x = f.prepare(query, patterns, mask)
     read = x.patterns if values is None else _lay_values(values, query, patterns)
     if steps is None:
-        solution = fixed_point(f, x, f.init(x), solver=solver, stop=stop, adjoint=adjoint, trace=trace)
+        # A query that enters every step keeps its gradient there; the one through z0 is zero.
+        z0 = f.init(x).detach() if inject == "input" else f.init(x)
+        solution = fixed_point(f, x, z0, solver=solver, stop=stop, adjoint=adjoint, trace=trace)
         return _recall(f, x, solution, f.weights(solution.value, x), read)
     # The names are checked although k steps use neither, so that a misspelt one is never silent.
     make_solver(solver)

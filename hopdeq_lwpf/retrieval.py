@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,11 +44,13 @@ class Retrieval(nn.Module):
     forgetting: None, a name ("relu", "pfu") or a unit of `forgetting`.
     mask_in_loop: False applies D' only at the read-out, as the published patch of hflayers does; there is
         then no energy and no metric.
-    inject: "start", z0 = query; "input", the query is added in every step and z0 = query without gradient.
-    inject_weight: the a above.
+    inject: "start", z0 = query; "input", the query is added in every step too.
+    inject_weight: the a above, a number or a tensor as beta may be.
     """
 
     state_ndim = 1
+    beta: float | Tensor
+    inject_weight: float | Tensor
 
     def __init__(
         self,
@@ -62,7 +65,8 @@ class Retrieval(nn.Module):
         super().__init__()
         if inject not in INJECT:
             raise unknown("inject", inject, INJECT)
-        _check_beta(beta)
+        _check_positive("beta", beta)
+        _check_number("inject_weight", inject_weight)
         self.separation = make_separation(separation)
         self.forgetting = make_forgetting(forgetting)
         self.mask_in_loop = mask_in_loop
@@ -89,14 +93,12 @@ class Retrieval(nn.Module):
         if patterns.ndim > 2:
             patterns = group(batch, patterns)
         injected = None
-        start = query
         if self.inject == "input":
-            injected = (self.inject_weight * query).reshape(-1, query.shape[-1])
-            start = query.detach()
-        context = RetrievalContext(patterns, _lay_beta(self.beta, query), mask, None, injected, start)
+            injected = query.reshape(-1, query.shape[-1]) * _lay("inject_weight", self.inject_weight, query)
+        context = RetrievalContext(patterns, _lay("beta", self.beta, query), mask, None, injected, query)
         if type(self.forgetting).draw is Forgetting.draw:
             return context
-        return context._replace(threshold=self.forgetting.draw(self._scores(start, context), mask))
+        return context._replace(threshold=self.forgetting.draw(self._scores(query, context), mask))
 
     def init(self, x: RetrievalContext) -> Tensor:
         """z0: the query."""
@@ -132,7 +134,7 @@ class Retrieval(nn.Module):
         """D' * p(D(beta X z)), the association of each query with each pattern: (*batch, d) -> (*batch, N)."""
         value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
         weights = _times(self.separation.weights(value, x.mask), kept)
-        return weights.reshape(*z.shape[:-1], -1)
+        return weights.reshape(*z.shape[:-1], weights.shape[-1])
 
     def select(self, x: RetrievalContext, live: Tensor) -> tuple[RetrievalContext, Tensor]:
         """The context of the live queries (of every group that has one), and their rows."""
@@ -143,9 +145,10 @@ class Retrieval(nn.Module):
             groups = live.reshape(-1, length).any(1).nonzero().squeeze(1)
             rows = (groups[:, None] * length + torch.arange(length, device=live.device)).reshape(-1)
             patterns = patterns.index_select(0, groups)
-        parts = (x.beta, x.mask, x.threshold, x.injected)
-        beta, mask, threshold, injected = (_rows(part, rows) for part in parts)
+        parts = (x.mask, x.threshold, x.injected)
         start = x.start.reshape(-1, x.start.shape[-1]).index_select(0, rows)
+        beta = _rows(x.beta, rows) if isinstance(x.beta, Tensor) else x.beta
+        mask, threshold, injected = (None if part is None else _rows(part, rows) for part in parts)
         return RetrievalContext(patterns, beta, mask, threshold, injected, start), rows
 
     def _scores(self, z: Tensor, x: RetrievalContext) -> Tensor:
@@ -186,10 +189,9 @@ def _times(weights: Tensor, kept: Tensor | None) -> Tensor:
     return weights if kept is None else weights * kept
 
 
-def _rows(part: Tensor | float | None, rows: Tensor) -> Tensor | None:
-    """The rows of what belongs to one query; numbers, scalars and (N,) masks are shared."""
-    shared = not isinstance(part, Tensor) or part.ndim < 2
-    return part if shared else part.index_select(0, rows)  # type: ignore[return-value, union-attr]
+def _rows(part: Tensor, rows: Tensor) -> Tensor:
+    """The rows of what belongs to one query; scalars and masks (N,) are shared by all."""
+    return part if part.ndim < 2 else part.index_select(0, rows)
 
 
 def _attach(module: nn.Module, name: str, value: float | Tensor) -> None:
@@ -202,24 +204,40 @@ def _attach(module: nn.Module, name: str, value: float | Tensor) -> None:
         setattr(module, name, float(value))
 
 
-def _check_beta(beta: float | Tensor) -> None:
-    good = bool((beta > 0).all()) if isinstance(beta, Tensor) else isinstance(beta, (int, float)) and beta > 0
-    if not good:
-        raise ValueError(f"beta, the inverse temperature, must be > 0, got {beta!r}")
+def _check_positive(name: str, value: float | Tensor) -> None:
+    _check_number(name, value)
+    low = value.detach().min() if isinstance(value, Tensor) and not value.is_meta else value
+    if not isinstance(low, Tensor) or not low.is_meta:
+        if not low > 0:
+            raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
-def _lay_beta(beta: float | Tensor, query: Tensor) -> float | Tensor:
+def _check_number(name: str, value: float | Tensor) -> None:
+    """Raise unless it is a finite number or a tensor of them."""
+    if isinstance(value, Tensor):
+        check_float_tensor(name, value)
+        if not value.numel() or not (value.is_meta or bool(value.isfinite().all())):
+            raise ValueError(f"{name} must hold finite numbers, got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def _lay(name: str, value: float | Tensor, query: Tensor) -> float | Tensor:
     """A number, a scalar tensor, or one row a query (B, 1)."""
-    if not isinstance(beta, Tensor):
-        return beta
-    beta = beta.to(query.dtype)
-    if beta.numel() == 1:
-        return beta.reshape(())
+    if not isinstance(value, Tensor):
+        return value
+    if value.device != query.device:
+        raise ValueError(f"{name} is on {value.device} but query is on {query.device}; move one with .to()")
+    value = value.to(query.dtype)
+    if value.numel() == 1:
+        return value.reshape(())
     try:
-        return beta.expand(query.shape[:-1]).reshape(-1, 1)
+        return value.expand(query.shape[:-1]).reshape(-1, 1)
     except RuntimeError:
         raise ValueError(
-            f"beta of shape {tuple(beta.shape)} does not broadcast against the query's batch shape "
+            f"{name} of shape {tuple(value.shape)} does not broadcast against the query's batch shape "
             f"{tuple(query.shape[:-1])}; for heads use (H,) with queries (B, H, d) and (H, 1) with (B, H, L, d)"
         ) from None
 

@@ -326,6 +326,8 @@ def test_energy_does_rise_where_nothing_is_promised(unit):
     assert largest_rise(unit, Softmax(), runs=150, steps=20) > 1e-3
 
 
+# torch itself uses torch.jit.script where it loads its forward-mode rules.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @every
 @pytest.mark.parametrize("unit", UNITS, ids=repr)
 def test_transforms_agree_also_at_the_threshold(name, unit):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hopdeq_lwpf.forgetting import PFU, Forgetting, Keep, ReLU, TopK
+from hopdeq_lwpf.forgetting import UNITS, Forgetting
 from hopdeq_lwpf.options import construct
 from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.settings import find
@@ -13,7 +13,6 @@ from hopdeq_lwpf.settings import find
 __all__ = ["Retrieval", "build"]
 
 MODELS = {"retrieval": Retrieval}
-UNITS = {"keep": Keep, "pfu": PFU, "relu": ReLU, "topk": TopK}
 
 
 def build(settings: str | Mapping[str, Any]) -> Retrieval:

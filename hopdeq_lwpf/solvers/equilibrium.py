@@ -15,7 +15,7 @@ from hopdeq_lwpf._types import Context, ConvergenceWarning, Solution, State, unk
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.registry import make_solver
-from hopdeq_lwpf.solvers.solve import check_steps, fixed_point
+from hopdeq_lwpf.solvers.solve import check_function, check_steps, check_stop, fixed_point
 from hopdeq_lwpf.solvers.termination import Termination
 
 ON_FAILURE = ("warn", "raise", "ignore")
@@ -45,7 +45,9 @@ class Equilibrium(nn.Module):
         on_failure: str = "warn",
     ) -> None:
         super().__init__()
+        check_function(f)
         check_steps(steps)
+        check_stop(stop)
         make_solver(solver)
         make_adjoint(adjoint)
         if on_failure not in ON_FAILURE:
@@ -89,7 +91,8 @@ class Equilibrium(nn.Module):
         drops = self.steps is None and make_adjoint(self.adjoint).drops_z0 and torch.is_grad_enabled()
         if not drops or not any(leaf.requires_grad for leaf in pytree.tree_leaves(z0)):
             return z0, ""
-        if not self._told:
+        # Where the query enters every step as well, nothing is lost.
+        if not self._told and getattr(self.f, "inject", None) != "input":
             self._told = True
             warnings.warn(
                 f"{DETACHED}. Use inject='input', steps=k or adjoint='unrolled' to train what makes z0.",

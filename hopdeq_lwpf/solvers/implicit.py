@@ -13,8 +13,8 @@ from hopdeq_lwpf._types import AdjointReport, ConvergenceWarning, Matvec, Result
 from hopdeq_lwpf.solvers.linear import LinearOutcome
 from hopdeq_lwpf.solvers.view import FlatFunction
 
-# Given the vector-Jacobian product, the metric at z* and g: u with (I - J^T) u = g, or an approximation.
-AdjointSolve = Callable[[Matvec, "Matvec | None", Tensor], tuple[LinearOutcome, str]]
+# Given the vector-Jacobian product, the metric at z*, g and the rounding of f: u with (I - J^T) u = g.
+AdjointSolve = Callable[[Matvec, "Matvec | None", Tensor, float], tuple[LinearOutcome, str]]
 
 
 def attach(f: FlatFunction, z: Tensor, solve: AdjointSolve, report: AdjointReport) -> Tensor:
@@ -27,9 +27,24 @@ def attach(f: FlatFunction, z: Tensor, solve: AdjointSolve, report: AdjointRepor
         return z
     point = z.detach().requires_grad_()
     image = f(point)
-    if not image.requires_grad or image.grad_fn is None:
+    if not _uses_more(image, point):
         return z
-    return _Attach.apply(image, z.detach(), _Adjoint(f, point, image, solve, report))  # type: ignore[no-any-return]
+    return _Attach.apply(image, z.detach(), _Adjoint(f, point, image, solve, report))
+
+
+def _uses_more(image: Tensor, point: Tensor) -> bool:
+    """Whether the image depends on any tensor that requires grad besides the point."""
+    nodes, seen = [image.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not point:
+            return True
+        nodes.extend(following for following, _ in node.next_functions)
+    return False
 
 
 class _Adjoint:
@@ -46,9 +61,9 @@ class _Adjoint:
 
     def __call__(self, g: Tensor) -> Tensor:
         """u for the incoming gradient g (B, n)."""
-        with torch.no_grad():
+        with torch.no_grad(), self.f.full_precision():
             metric = self.f.metric(self.point.detach())
-            outcome, method = self.solve(self._vjp, metric, g)
+            outcome, method = self.solve(self._vjp, metric, g, self.f.eps)
         shape = self.f.view.batch_shape
         self.report.result = outcome.result.reshape(shape)
         self.report.residual = outcome.residual.reshape(shape)
@@ -82,14 +97,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         u = ctx.adjoint(g.detach())
-        return (_Once.apply(u, g) if torch.is_grad_enabled() else u), None, None
+        return (_Once.apply(u, ctx.adjoint.image) if torch.is_grad_enabled() else u), None, None
 
 
 class _Once(torch.autograd.Function):
     """Marks the end of what can be differentiated, so that a second derivative is refused, never wrong."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, g: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, image: Tensor) -> Tensor:
+        # `image` requires grad, so the result does, whatever the incoming gradient was made of.
         return u.clone()
 
     @staticmethod

@@ -27,10 +27,11 @@ class _Memory(NamedTuple):
     z: Tensor
     r: Tensor
     merit: Tensor | None  # (B,): energy, or the log of the residual where f has none; None without a guard
-    slack: Tensor  # (B,): by how much rounding may raise the merit
-    piece: Tensor | None
+    slack: Tensor  # (B, 1): by how much rounding may raise the merit
+    floor: Tensor  # (B, 1): squared step below which its pair is rounding noise
+    piece: Tensor | None  # (B,)
     pairs: tuple[_Pair, ...]
-    accelerated: Tensor | None  # (B,) bool: the last proposal was not a plain step
+    accelerated: Tensor  # (B,) bool: rows whose last proposal was not the plain step
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,32 @@ class LBFGS:
     The residual f(z) - z is minus the energy's gradient in the metric of f. Only pairs of positive curvature
     enter, hence every step descends at first order and none is drawn to a saddle, as Anderson and Broyden are.
 
-    memory: pairs kept; the slow directions of a cluster are few, 3 to 5 do not differ.
-    warmup: Picard steps before the first accelerated one; they settle which basin a query falls into.
-    step_cap: longest step, in residuals; keeps a poor pair from leaving the basin.
-    guard: an accelerated step that raises the energy (the residual, where f has none) is taken back and the
-    plain step from the same point is made instead.
+    Three rules keep the basin of plain iteration. A row is accelerated only once two consecutive plain
+    residuals point the same way, which is when what is left is a slow approach to an attractor already chosen.
+    An accelerated step that raises the energy (the residual, where f has none) is taken back, and the plain
+    step from the same point is made instead. So is one that crosses a kink of f, that is a pattern forgotten
+    or recalled: kinks are crossed by plain steps only, and the pairs before one are dropped.
+
+    memory: pairs kept; the slow directions of a cluster are few, more than 4 gain nothing.
+    warmup: plain steps before the first that may be accelerated.
+    align: cosine between consecutive residuals from which on a row is accelerated; -1 accelerates at once.
+    step_cap: longest step, in residuals: nearly singular pairs propose steps that only cost an evaluation.
+    guard: whether steps are taken back. Off, it saves a tenth of the time and changes basins where patterns
+    are forgotten.
     """
 
-    memory: int = 3
+    memory: int = 4
     warmup: int = 2
-    step_cap: float = 10.0
+    align: float = 0.99
+    step_cap: float = 30.0
     guard: bool = True
-    align: float = 0.95
 
     uses_metric = True
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory, 1)
-        check_count("warmup", self.warmup, 0)
+        check_count("warmup", self.warmup, 1)
+        check_number("align", self.align, -1.0, 1.0)
         check_number("step_cap", self.step_cap, 1.0)
 
     @property
@@ -70,89 +79,97 @@ class LBFGS:
         r = now.fz - now.z
         merit = self._merit(now, r)
         if memory is None:
-            none = torch.zeros_like(r[:, 0], dtype=torch.bool)
-            return now.fz, _Memory(now.z, r, merit, _slack(now, merit), now.piece, (), none)
-        pair = _pair(memory, now, r)
-        dot = (r * memory.r).sum(-1)
-        aligned = dot > self.align * (
-            torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(memory.r, dim=-1)
-        )
-        started = memory.accelerated | aligned
-        pairs = memory.pairs
-        worse = None
-        if merit is not None:
-            worse = memory.accelerated & (merit > memory.merit + memory.slack)
-        if now.piece is not None:
-            moved = now.piece != memory.piece
-            worse = worse | (memory.accelerated & moved)
-            if bool(moved.any()):
-                started = started & ~moved
-                keep = (~moved)[:, None].to(r.dtype)
-                pairs = tuple(p._replace(rho=p.rho * keep) for p in pairs)
-                pair = pair._replace(rho=pair.rho * keep)
-        pairs = (*pairs, pair)[-self.memory :]
-        fresh = _Memory(now.z, r, merit, memory.slack, now.piece, pairs, started)
-        if worse is not None:
-            if bool(worse.any()):
-                return self._take_back(memory, fresh, worse)
-        return now.z + pick(started, self._step(r, pairs), r), fresh
+            return now.fz, _first(now, r, merit)
+        old: _Memory = memory
+        pairs = (*old.pairs, _pair(old, now, r))[-self.memory :]
+        accelerated = old.accelerated
+        if not bool(accelerated.all()):
+            accelerated = accelerated | self._aligned(r, old.r)
+        new = old._replace(z=now.z, r=r, merit=merit, piece=now.piece, pairs=pairs, accelerated=accelerated)
+        if merit is not None and old.merit is not None:
+            new = self._guarded(old, new, merit > old.merit + old.slack[:, 0])
+        step = self._cap(_direction(new.r, new.pairs), new.r)
+        if not bool(new.accelerated.all()):
+            step = pick(new.accelerated, step, new.r)
+        return new.z + step, new
+
+    def _guarded(self, old: _Memory, new: _Memory, worse: Tensor) -> _Memory:
+        """`new` with the steps taken back that raised the merit or crossed a kink."""
+        if new.piece is not None and old.piece is not None:
+            crossed = new.piece != old.piece
+            worse = worse | crossed
+            if bool(crossed.any()):
+                accelerated = new.accelerated & ~crossed
+                new = new._replace(accelerated=accelerated, pairs=_without(crossed, new.pairs))
+        worse = worse & old.accelerated
+        return _take_back(old, new, worse) if bool(worse.any()) else new
+
+    def _cap(self, step: Tensor, r: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
+        limit = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+        return step * (limit / length).clamp_max(1 / self.step_cap).mul(self.step_cap)
+
+    def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)
+        return (r * before).sum(-1) > self.align * lengths
 
     def _merit(self, now: Iterate, r: Tensor) -> Tensor | None:
-        """What an accelerated step must not raise; half the log of the residual may double."""
+        """What an accelerated step must not raise."""
         if not self.guard:
             return None
         return now.energy if now.energy is not None else torch.linalg.vector_norm(r, dim=-1).log()
 
-    def _take_back(self, old: _Memory, new: _Memory, worse: Tensor) -> tuple[Tensor, _Memory]:
-        """Rows in `worse` return to the point before, forget their pairs and make the plain step from there."""
-        assert old.merit is not None
-        assert new.merit is not None
-        step = pick(worse, old.r, pick(new.accelerated, self._step(new.r, new.pairs), new.r))
-        z = pick(worse, old.z, new.z)
-        keep = (~worse)[:, None].to(z.dtype)
-        kept = _Memory(
-            z,
-            pick(worse, old.r, new.r),
-            torch.where(worse, old.merit, new.merit),
-            new.slack,
-            None if new.piece is None else torch.where(worse, old.piece, new.piece),
-            tuple(pair._replace(rho=pair.rho * keep) for pair in new.pairs),
-            new.accelerated & ~worse,
-        )
-        return z + step, kept
 
-    def _step(self, r: Tensor, pairs: tuple[_Pair, ...]) -> Tensor:
-        """The two-loop recursion, and the cap on its length."""
-        step, shares = r, []
-        for pair in reversed(pairs):
-            share = pair.rho * (pair.s_dual * step).sum(-1, keepdim=True)
-            shares.append(share)
-            step = torch.addcmul(step, share, pair.y, value=-1)
-        for pair, share in zip(pairs, reversed(shares), strict=True):
-            back = pair.rho * (pair.y_dual * step).sum(-1, keepdim=True)
-            step = torch.addcmul(step, share - back, pair.s)
-        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
-        cap = self.step_cap * torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-        # 0 / 0 at an exact fixed point: the clamp turns NaN-free zeros into a zero step.
-        return step * (cap / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
-
-
-def _slack(now: Iterate, merit: Tensor | None) -> Tensor:
-    """What rounding may add to the merit: eight units in the last place of its terms; log 2 for residuals."""
+def _first(now: Iterate, r: Tensor, merit: Tensor | None) -> _Memory:
+    """The memory before there is a pair, with the scale of rounding: a few units in the last place."""
+    size = now.z.square().sum(-1, keepdim=True)
+    floor = (4 * now.eps) ** 2 * size
     if now.energy is None or merit is None:
-        return torch.full_like(now.z[:, 0], math.log(2.0))
-    return 8 * now.eps * (2 * merit.abs() + now.z.square().sum(-1))
+        # The log of a residual may rise by log 2.
+        slack = torch.full_like(size, math.log(2.0))
+    else:
+        slack = 8 * now.eps * (2 * merit.abs()[:, None] + size)
+    none = torch.zeros_like(r[:, 0], dtype=torch.bool)
+    return _Memory(now.z, r, merit, slack, floor, now.piece, (), none)
 
 
-def _pair(memory: _Memory, now: Iterate, r: Tensor) -> _Pair:
+def _take_back(old: _Memory, new: _Memory, worse: Tensor) -> _Memory:
+    """Rows in `worse` return to the point before and forget their pairs; their next step is the plain one."""
+    assert old.merit is not None
+    assert new.merit is not None
+    return new._replace(
+        z=pick(worse, old.z, new.z),
+        r=pick(worse, old.r, new.r),
+        merit=torch.where(worse, old.merit, new.merit),
+        piece=None if old.piece is None or new.piece is None else torch.where(worse, old.piece, new.piece),
+        pairs=_without(worse, new.pairs),
+        accelerated=new.accelerated & ~worse,
+    )
+
+
+def _without(rows: Tensor, pairs: tuple[_Pair, ...]) -> tuple[_Pair, ...]:
+    return tuple(pair._replace(rho=pair.rho.masked_fill(rows[:, None], 0.0)) for pair in pairs)
+
+
+def _direction(r: Tensor, pairs: tuple[_Pair, ...]) -> Tensor:
+    """H r by the two-loop recursion."""
+    step, shares = r, []
+    for pair in reversed(pairs):
+        share = pair.rho * (pair.s_dual * step).sum(-1, keepdim=True)
+        shares.append(share)
+        step = torch.addcmul(step, share, pair.y, value=-1)
+    for pair, share in zip(pairs, reversed(shares), strict=True):
+        back = pair.rho * (pair.y_dual * step).sum(-1, keepdim=True)
+        step = torch.addcmul(step, share - back, pair.s)
+    return step
+
+
+def _pair(old: _Memory, now: Iterate, r: Tensor) -> _Pair:
     """The pair of the last step, with rho = 0 where its curvature is not clearly positive."""
-    s, y = now.z - memory.z, memory.r - r
+    s, y = now.z - old.z, old.r - r
     straight = now.metric is None or now.metric is identity
-    s_dual, y_dual = (s, y) if straight else (now.metric(s), now.metric(y))
+    s_dual, y_dual = (s, y) if straight else (now.metric(s), now.metric(y))  # type: ignore[misc]
     curvature = (s_dual * y).sum(-1, keepdim=True)
-    length_s = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    length_y = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    # Below a few ulp of z, y is rounding noise.
-    floor = 4 * torch.finfo(s.dtype).eps * torch.linalg.vector_norm(now.z, dim=-1, keepdim=True)
-    good = (curvature > 1e-5 * length_s * length_y) & (length_s > floor)
-    return _Pair(s, y, s_dual, y_dual, good / curvature.masked_fill(~good, 1.0))
+    length = (s_dual * s).sum(-1, keepdim=True)
+    good = curvature > torch.add(old.floor, length, alpha=1e-5)
+    return _Pair(s, y, s_dual, y_dual, torch.where(good, curvature, float("inf")).reciprocal())

@@ -12,9 +12,9 @@ from hopdeq_lwpf.solvers.base import Iterate, Memory, Solver, pick, take
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
 
-# Re-packing costs about one evaluation, so it must spare more than that; below a handful of rows an
+# Re-packing costs a tenth of an evaluation and some four follow before the next test; below a handful of rows an
 # evaluation costs its overhead whatever the number of rows.
-DROP_BELOW = 0.7
+DROP_BELOW = 0.9
 SMALLEST_BATCH = 8
 
 
@@ -51,6 +51,28 @@ class Outcome:
 
 
 @dataclass
+class Verdict:
+    """What a test found, one entry a row."""
+
+    residual: Tensor  # |f(z) - z|
+    size: Tensor  # |f(z)|
+    within: Tensor  # bool: the tolerance is met
+    sane: Tensor  # bool: finite and not diverged
+    goes_on: Tensor  # bool
+
+    def relative(self) -> Tensor:
+        """|f(z) - z| / |f(z)|, 0 where both are."""
+        return self.residual / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)
+
+    def code(self) -> Tensor:
+        """`Result` codes, int64."""
+        finite = self.residual < float("inf")
+        failed = torch.where(finite, int(Result.DIVERGED), int(Result.NONFINITE))
+        ended = torch.where(self.sane, int(Result.MAX_STEPS), failed)
+        return torch.where(self.within, int(Result.CONVERGED), ended)
+
+
+@dataclass
 class _Work:
     """The rows still worked on."""
 
@@ -84,23 +106,19 @@ class _Work:
         return keep
 
     @torch.no_grad()
-    def judge(self, fz: Tensor, stop: Termination, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Which rows stop now (bool), with which code, and the relative residual of every row."""
-        z = self.z.detach()
-        residual = torch.linalg.vector_norm(fz.detach() - z, dim=-1)
-        size = torch.linalg.vector_norm(fz.detach(), dim=-1)
+    def judge(self, fz: Tensor, stop: Termination, last: bool) -> Verdict:
+        """The state of every row at its iterate z."""
+        z, fz = self.z.detach(), fz.detach()
+        residual = torch.linalg.vector_norm(fz - z, dim=-1)
+        size = torch.linalg.vector_norm(fz, dim=-1)
         if self.scale is None:
             self.scale = torch.maximum(residual, size) * stop.divergence
-        converged = residual <= stop.rtol * size + stop.atol
-        sane = residual <= self.scale  # False for NaN and for inf
-        if step == stop.max_steps:
-            stopped = self.live
-        else:
-            stopped = self.live & (converged | ~sane)
-        relative = residual / size.clamp_min(torch.finfo(size.dtype).tiny)
-        failed = torch.where(residual < float("inf"), int(Result.DIVERGED), int(Result.NONFINITE))
-        code = torch.where(converged, int(Result.CONVERGED), torch.where(sane, int(Result.MAX_STEPS), failed))
-        return stopped, code, relative
+        # NaN is not below infinity; a norm that overflows counts as not finite.
+        finite = residual < float("inf")
+        within = (residual <= size * stop.rtol + stop.atol) & finite
+        sane = (residual <= self.scale) & finite
+        goes_on = torch.zeros_like(sane) if last else self.live & sane & ~within
+        return Verdict(residual, size, within, sane, goes_on)
 
 
 def run(
@@ -127,9 +145,9 @@ def run(
             if keep is not None:
                 fz, energy, piece = take((fz, energy, piece), keep)
         metric = work.f.metric(work.z) if solver.uses_metric else None
-        work.z, work.memory = solver.propose(
-            work.memory, Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
-        )
+        now = Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
+        with f.full_precision():
+            work.z, work.memory = solver.propose(work.memory, now)
         step += 1
     if history is not None:
         outcome.trace = history.finish(f, outcome.z)
@@ -138,23 +156,27 @@ def run(
 
 def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int) -> None:
     """Judge every row, keep the best iterate of each, and record those that stop."""
-    stopped, code, relative = work.judge(fz, stop, step)
+    verdict = work.judge(fz, stop, last=step >= stop.max_steps)
+    relative = verdict.relative()
     better = relative < work.best
-    work.best = torch.where(better, relative, work.best)
-    work.best_z = work.z if bool(better.all()) else pick(better, work.z, work.best_z)
-    work.live = work.live & ~stopped
-    before, work.remaining = work.remaining, int(work.live.sum())
+    if bool((better | ~work.live).all()):
+        work.best_z, work.best = work.z, relative
+    else:
+        work.best_z, work.best = pick(better, work.z, work.best_z), torch.where(better, relative, work.best)
+    stopped = work.live ^ verdict.goes_on
+    work.live = verdict.goes_on
+    before, work.remaining = work.remaining, int(torch.count_nonzero(work.live))
     if work.remaining == before:
         return
-    converged = code == int(Result.CONVERGED)
+    code = verdict.code()
     count = torch.full_like(code, step)
     outcome.write(
         work.rows,
         stopped,
         {
-            "z": pick(converged, work.z, work.best_z),
+            "z": pick(verdict.within, work.z, work.best_z),
             "result": code,
-            "residual": torch.where(converged, relative, work.best),
+            "residual": torch.where(verdict.within, relative, work.best),
             "steps": count,
             "evaluations": count + 1,
         },

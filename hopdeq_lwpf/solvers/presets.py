@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hopdeq_lwpf.options import construct
@@ -21,7 +21,11 @@ def build(settings: str | Mapping[str, Any]) -> Solver | Adjoint | Termination:
     `solver: lbfgs`, `adjoint: implicit` or `stop: termination`. Unknown names and options are errors.
     """
     options = dict(find("solvers", settings) if isinstance(settings, str) else settings)
-    kinds = {"solver": SOLVERS, "adjoint": ADJOINTS, "stop": STOPS}
+    kinds: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "solver": SOLVERS,
+        "adjoint": ADJOINTS,
+        "stop": STOPS,
+    }
     given = [kind for kind in kinds if kind in options]
     # An Implicit adjoint has an option called `solver`.
     kind = "adjoint" if "adjoint" in given else given[0] if given else "solver"

@@ -40,9 +40,9 @@ def fixed_point(
     Failure to converge is reported in the Solution and never raised here; an unconverged problem returns its
     iterate of lowest residual. Raises TypeError or ValueError for input that cannot be solved.
     """
+    check_function(f)
     check_steps(steps)
-    if not isinstance(stop, Termination):
-        raise TypeError(f"stop must be a Termination, got {stop!r}")
+    check_stop(stop)
     chosen, gradient = make_solver(solver), make_adjoint(adjoint)
     view = StateView.of(f, z0)
     flat = view.flatten(z0)
@@ -80,12 +80,24 @@ def check_steps(steps: object) -> None:
         raise ValueError(f"steps must be None (solve to equilibrium) or an integer >= 1, got {steps!r}")
 
 
+def check_function(f: object) -> None:
+    """Raise unless f can be called."""
+    if not callable(f):
+        raise TypeError(f"f must be a function of (z, x), got {f!r}")
+
+
+def check_stop(stop: object) -> None:
+    """Raise unless stop is a Termination."""
+    if not isinstance(stop, Termination):
+        raise TypeError(f"stop must be a Termination, got {stop!r}")
+
+
 def judge_step(before: Tensor, after: Tensor, stop: Termination) -> tuple[Tensor, Tensor]:
     """Result codes and relative residual of one step before -> after, (B, n) each."""
     with torch.no_grad():
         size = torch.linalg.vector_norm(after, dim=-1)
         distance = torch.linalg.vector_norm(after - before, dim=-1)
-        done = distance <= stop.rtol * size + stop.atol
+        done = (distance <= stop.rtol * size + stop.atol) & distance.isfinite()
         result = torch.where(done, int(Result.CONVERGED), int(Result.MAX_STEPS))
         result = torch.where(distance.isfinite(), result, int(Result.NONFINITE))
         return result, distance / size.clamp_min(torch.finfo(size.dtype).tiny)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,26 +53,28 @@ class StateView:
         return cls(batches[0], tuple(shapes), dtypes, spec, work)
 
     @property
+    def plain(self) -> bool:
+        """Whether the state is (B, n) in the working dtype already, as in most retrieval."""
+        return len(self.batch_shape) == len(self.shapes[0]) == len(self.shapes) == 1 and (
+            self.spec.is_leaf() and self.dtypes[0] == self.work
+        )
+
+    @property
     def problems(self) -> int:
         return self.batch_shape.numel()
 
     def flatten(self, z: State) -> Tensor:
-        """State -> (B, n) in the working dtype."""
-        leaves = pytree.tree_leaves(z)
-        if len(leaves) == 1:
-            return self._flat(leaves[0], self.shapes[0])
-        return torch.cat(
-            [self._flat(leaf, shape) for leaf, shape in zip(leaves, self.shapes, strict=True)], 1
-        )
+        """State -> (B, n) in the working dtype; dicts may come in any order of their keys."""
+        leaves = [z] if isinstance(z, Tensor) else self.spec.flatten_up_to(z)
+        flat = [
+            leaf.reshape(self._rows(leaf, shape), shape.numel()).to(self.work)
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
-    def _flat(self, leaf: Tensor, shape: torch.Size) -> Tensor:
-        return (
-            leaf.reshape(-1, shape.numel()).to(self.work)
-            if leaf.numel()
-            else leaf.new_zeros(
-                (leaf.shape[: leaf.ndim - len(shape)].numel(), shape.numel()), dtype=self.work
-            )
-        )
+    @staticmethod
+    def _rows(leaf: Tensor, shape: torch.Size) -> int:
+        return leaf.shape[: leaf.ndim - len(shape)].numel()
 
     def unflatten(self, flat: Tensor) -> State:
         """(B, n) -> state; fewer rows than problems get the batch shape (rows,)."""
@@ -88,11 +91,17 @@ class StateView:
 
     def check(self, fz: State) -> None:
         """Raise unless f returned what it was given: same structure, same shapes."""
-        leaves, spec = pytree.tree_flatten(fz)
         expected = [tuple(self.batch_shape + shape) for shape in self.shapes]
+        try:
+            leaves, same = self.spec.flatten_up_to(fz), True
+        except ValueError:
+            leaves, same = pytree.tree_leaves(fz), False
         got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
-        if spec != self.spec or got != expected:
-            raise ValueError(f"f(z, x) must return the shape of z, {expected}; it returned {got}")
+        if not same or got != expected:
+            raise ValueError(
+                f"f(z, x) must return a state like z, {expected} in {self.spec}; it returned {got} in "
+                f"{pytree.tree_structure(fz)}"
+            )
 
 
 class FlatFunction:
@@ -106,27 +115,38 @@ class FlatFunction:
         self.has_energy = bool(getattr(f, "has_energy", False))
         self._evaluate = getattr(f, "evaluate", None)
         self._select = getattr(f, "select", None)
+        self._plain = view.plain
         self._checked = False
         # What one rounding of f costs, relative; guards must allow for it.
         dtypes = set(view.dtypes)
-        if torch.is_autocast_enabled(device):
+        self.autocast = torch.is_autocast_enabled(device)
+        if self.autocast:
             dtypes.add(torch.get_autocast_dtype(device))
         self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def __call__(self, flat: Tensor) -> Tensor:
-        fz = self.f(self.view.unflatten(flat), self.x)
-        if not self._checked:
-            self.view.check(fz)
-            self._checked = True
-        return self.view.flatten(fz)
+        if self._plain and self._checked:
+            return self.f(flat, self.x)  # type: ignore[no-any-return]
+        return self._flatten(self.f(self.view.unflatten(flat), self.x))
 
     def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """f, its energy and the piece of f that the state lies in: (B, n), (B,), (B,) or None."""
-        z = self.view.unflatten(flat)
         if self._evaluate is None:
+            z = self.view.unflatten(flat)
             return self(flat), self.f.energy(z, self.x).reshape(-1), None  # type: ignore[attr-defined]
-        fz, energy, piece = self._evaluate(z, self.x)
-        return self.view.flatten(fz), energy.reshape(-1), None if piece is None else piece.reshape(-1)
+        if self._plain and self._checked:
+            return self._evaluate(flat, self.x)  # type: ignore[no-any-return]
+        fz, energy, piece = self._evaluate(self.view.unflatten(flat), self.x)
+        return self._flatten(fz), energy.reshape(-1), None if piece is None else piece.reshape(-1)
+
+    def _flatten(self, fz: State) -> Tensor:
+        """What f returned as (B, n); checked once."""
+        if not self._checked:
+            self.view.check(fz)
+            # Under autocast f may return another dtype than it was given.
+            self._plain = self._plain and fz.dtype == self.view.work
+            self._checked = True
+        return self.view.flatten(fz)
 
     def metric(self, flat: Tensor) -> Matvec | None:
         """M(z) over flat vectors, or None where f declares none."""
@@ -136,11 +156,15 @@ class FlatFunction:
             return apply
         return lambda v: self.view.flatten(apply(self.view.unflatten(v)))
 
+    def full_precision(self) -> AbstractContextManager[object]:
+        """Where solvers do their own algebra: autocast is for f only."""
+        return torch.autocast(self.device, enabled=False) if self.autocast else nullcontext()
+
     def narrow(self, live: Tensor) -> tuple[FlatFunction, Tensor] | None:
         """The function over a subset of rows that holds all live ones, and those rows; None if f cannot."""
         if self._select is None:
             return None
         x, rows = self._select(self.x, live)
         narrowed = FlatFunction(self.f, x, self.view, self.device)
-        narrowed._checked = True
+        narrowed._checked, narrowed._plain = True, self._plain
         return narrowed, rows

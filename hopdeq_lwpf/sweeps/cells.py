@@ -61,7 +61,8 @@ def call(cell: Cell, task: Task, spec: CompareSpec, **more: Any) -> Any:
         "separation": spec.separation,
         "steps": None if cell.steps == CONVERGED else cell.steps,
         "solver": spec.solver,
-        "stop": Termination(rtol=spec.rtol, atol=spec.atol, max_steps=spec.max_steps),
+        # Tested at every step, so that the steps reported are the steps needed.
+        "stop": Termination(rtol=spec.rtol, atol=spec.atol, max_steps=spec.max_steps, check_every=1),
     }
     arguments.update(more)
     query = arguments.pop("query", cell.queries.queries)
