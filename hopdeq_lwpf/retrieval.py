@@ -206,10 +206,11 @@ def _attach(module: nn.Module, name: str, value: float | Tensor) -> None:
 
 def _check_positive(name: str, value: float | Tensor) -> None:
     _check_number(name, value)
-    low = value.detach().min() if isinstance(value, Tensor) and not value.is_meta else value
-    if not isinstance(low, Tensor) or not low.is_meta:
-        if not low > 0:
-            raise ValueError(f"{name} must be > 0, got {value!r}")
+    if isinstance(value, Tensor) and value.is_meta:
+        return
+    low = float(value.detach().min()) if isinstance(value, Tensor) else value
+    if not low > 0:
+        raise ValueError(f"{name} must be > 0, got {value!r}")
 
 
 def _check_number(name: str, value: float | Tensor) -> None:

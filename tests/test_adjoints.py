@@ -220,7 +220,7 @@ def saved_bytes(max_steps: int, **options) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         x = f.prepare(query, patterns)
         stop = Termination(rtol=0.0, atol=0.0, max_steps=max_steps)
-        fixed_point(f, x, f.init(x), stop=stop, **options)
+        fixed_point(f, x, f.init(x).detach(), stop=stop, **options)
     return total
 
 

@@ -184,7 +184,7 @@ def test_rows_are_what_retrieve_says(small):
     spec, task = comparison.spec, comparison.task
     seen = {(r["forgetting"], r["steps"], r["beta"], r["corruption"], r["level"]) for r in comparison.rows}
     assert len(seen) == len(comparison.rows) == 2 * 3 * 2 * 3
-    stop = Termination(rtol=spec.rtol, atol=spec.atol, max_steps=spec.max_steps)
+    stop = Termination(rtol=spec.rtol, atol=spec.atol, max_steps=spec.max_steps, check_every=1)
     for row in comparison.rows:
         queries = next(s for s in task.sets if (s.kind, s.level) == (row["corruption"], row["level"]))
         recall = retrieve(

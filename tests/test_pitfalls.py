@@ -202,7 +202,7 @@ def test_solvers_work_under_autocast_in_full_precision(solver):
     # f is exact here, so the solver's own products are what autocast could spoil.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = fixed_point(f, x, torch.zeros_like(x), solver=solver)
-        (gradient,) = torch.autograd.grad(inside.value.sum(), linear.weight)
+    (gradient,) = torch.autograd.grad(inside.value.sum(), linear.weight)
     outside = fixed_point(f, x, torch.zeros_like(x), solver=solver)
     (expected,) = torch.autograd.grad(outside.value.sum(), linear.weight)
     assert inside.converged.all()

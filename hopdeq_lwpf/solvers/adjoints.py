@@ -70,18 +70,14 @@ class Implicit:
         report = AdjointReport()
         return attach(f, outcome.z, self._linear, report), outcome, report
 
-    def _linear(
-        self, vjp: Matvec, metric: Matvec | None, g: Tensor, eps: float
-    ) -> tuple[LinearOutcome, str]:
+    def _linear(self, vjp: Matvec, metric: Matvec | None, g: Tensor, eps: float) -> tuple[LinearOutcome, str]:
         outcome, name = self._solve(vjp, metric, g, max(self.rtol, 4 * torch.finfo(g.dtype).eps))
         # What rounding leaves of the residual is not a failure to converge.
         rounded = (outcome.result == int(Result.MAX_STEPS)) & (outcome.residual <= FLOOR * eps)
         outcome.result = outcome.result.masked_fill(rounded, int(Result.CONVERGED))
         return outcome, name
 
-    def _solve(
-        self, vjp: Matvec, metric: Matvec | None, g: Tensor, rtol: float
-    ) -> tuple[LinearOutcome, str]:
+    def _solve(self, vjp: Matvec, metric: Matvec | None, g: Tensor, rtol: float) -> tuple[LinearOutcome, str]:
         name = self.solver if self.solver != "auto" else "gmres" if metric is None else "cg"
         if name == "gmres":
             return gmres(vjp, g, torch.zeros_like(g), rtol, self.max_steps), name

@@ -81,15 +81,20 @@ class Anderson:
 
     def _mix(self, z: Tensor, r: Tensor, memory: _Memory) -> Tensor:
         """z + (1 - damping) r - (dZ + (1 - damping) dR) gamma, gamma = argmin |r - dR gamma|."""
-        tiny = torch.finfo(r.dtype).tiny
-        scale = torch.linalg.vector_norm(memory.falls, dim=-1).clamp_min(tiny)  # (B, m)
+        scale = torch.linalg.vector_norm(memory.falls, dim=-1)  # (B, m)
+        # Forgotten columns are zero; what lies below an ulp of the state is rounding.
+        floor = torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach(), dim=-1, keepdim=True)
+        empty = scale <= floor
+        scale = scale.masked_fill(empty, 1.0)
         unit = memory.falls / scale[:, :, None]
         gram = unit @ unit.transpose(1, 2)
-        gram = gram + self.ridge * torch.eye(gram.shape[-1], dtype=r.dtype, device=r.device)
-        # A column that was forgotten is zero; a one on the diagonal keeps the system regular, gamma stays 0.
-        gram = gram + torch.diag_embed((scale <= tiny).to(r.dtype))
+        # Parallel columns make a ridge of one ulp vanish.
+        ridge = max(self.ridge, 8 * torch.finfo(r.dtype).eps)
+        gram = gram + ridge * torch.eye(gram.shape[-1], dtype=r.dtype, device=r.device)
+        # A one on the diagonal keeps the system regular.
+        gram = gram + torch.diag_embed(empty.to(r.dtype))
         gamma, _ = torch.linalg.solve_ex(gram, unit @ r[:, :, None])
-        gamma = gamma.squeeze(-1) / scale
+        gamma = (gamma.squeeze(-1) / scale).masked_fill(empty, 0.0)
         share = 1 - self.damping
         return z + share * r - (gamma[:, None, :] @ (memory.steps + share * memory.falls)).squeeze(1)
 

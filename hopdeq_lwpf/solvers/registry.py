@@ -25,7 +25,9 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
 def register_solver(name: str, factory: Callable[[], Solver]) -> None:
     """Make `solver=name` mean `factory()`; a name that is taken is an error."""
     if not isinstance(name, str) or not callable(factory):
-        raise TypeError(f"register_solver needs a name and a factory such as a class, got {name!r}, {factory!r}")
+        raise TypeError(
+            f"register_solver needs a name and a factory such as a class, got {name!r}, {factory!r}"
+        )
     if name in SOLVERS or name == "auto":
         raise ValueError(f"solver {name!r} is already registered")
     SOLVERS[name] = factory

@@ -92,16 +92,16 @@ class StateView:
     def check(self, fz: State) -> None:
         """Raise unless f returned what it was given: same structure, same shapes."""
         expected = [tuple(self.batch_shape + shape) for shape in self.shapes]
-        try:
-            leaves, same = self.spec.flatten_up_to(fz), True
-        except ValueError:
-            leaves, same = pytree.tree_leaves(fz), False
+        leaves, same = pytree.tree_leaves(fz), pytree.tree_structure(fz).num_leaves == len(self.shapes)
+        if same and not self.spec.is_leaf():
+            try:
+                leaves = self.spec.flatten_up_to(fz)
+            except ValueError:
+                same = False
         got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves]
         if not same or got != expected:
-            raise ValueError(
-                f"f(z, x) must return a state like z, {expected} in {self.spec}; it returned {got} in "
-                f"{pytree.tree_structure(fz)}"
-            )
+            how = "" if same else f", structured as {pytree.tree_structure(fz)} instead of {self.spec}"
+            raise ValueError(f"f(z, x) must return the shape of z, {expected}; it returned {got}{how}")
 
 
 class FlatFunction:
@@ -126,7 +126,7 @@ class FlatFunction:
 
     def __call__(self, flat: Tensor) -> Tensor:
         if self._plain and self._checked:
-            return self.f(flat, self.x)  # type: ignore[no-any-return]
+            return self.f(flat, self.x)
         return self._flatten(self.f(self.view.unflatten(flat), self.x))
 
     def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -135,7 +135,7 @@ class FlatFunction:
             z = self.view.unflatten(flat)
             return self(flat), self.f.energy(z, self.x).reshape(-1), None  # type: ignore[attr-defined]
         if self._plain and self._checked:
-            return self._evaluate(flat, self.x)  # type: ignore[no-any-return]
+            return self._evaluate(flat, self.x)
         fz, energy, piece = self._evaluate(self.view.unflatten(flat), self.x)
         return self._flatten(fz), energy.reshape(-1), None if piece is None else piece.reshape(-1)
 
