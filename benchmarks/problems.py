@@ -128,7 +128,6 @@ PROBLEMS: dict[str, Callable[[], RetrievalProblem]] = {
     "easy": _make("easy", separated, BETA),
     "het": _make("het", lambda: clustered(0.3, 0.99), BETA),
     "r97": _make("r97", lambda: clustered(0.97, 0.97), BETA),
-    "r995": _make("r995", lambda: clustered(0.995, 0.995), BETA),
     "span": _make("span", lambda: clustered(0.9, 0.995), BETA),
     "pfu": _make("pfu", lambda: clustered(0.9, 0.995), BETA, PFU(THRESHOLD)),
     "random": _make("random", random_unit, 20.0),

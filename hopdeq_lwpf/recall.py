@@ -104,7 +104,7 @@ def _recall(f: Retrieval, x: RetrievalContext, solution: Solution, weights: Tens
     value = combine(weights.reshape(-1, weights.shape[-1]), read).reshape(*batch, read.shape[-1])
     with torch.no_grad():
         weight, index = weights.max(-1)
-        empty = weight == 0
+        empty = ~(weight > 0)  # a NaN query points to no pattern either
         fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)}
         return Recall(
             **{**fields, "value": value},

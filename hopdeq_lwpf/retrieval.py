@@ -258,6 +258,8 @@ def _check(query: Tensor, patterns: Tensor, mask: Tensor | None) -> torch.Size:
             f"query has width {query.shape[-1]} but patterns have width {patterns.shape[-1]}; "
             f"got shapes {tuple(query.shape)} and {tuple(patterns.shape)}"
         )
+    if query.shape[-1] == 0:
+        raise ValueError(f"query of shape {tuple(query.shape)} has width 0; patterns need at least one entry")
     if patterns.shape[-2] == 0:
         raise ValueError(f"patterns of shape {tuple(patterns.shape)} hold no pattern; at least one is needed")
     batch = query.shape[:-1]

@@ -105,9 +105,11 @@ class LBFGS:
         return _take_back(old, new, worse) if bool(worse.any()) else new
 
     def _cap(self, step: Tensor, r: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
-        limit = torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-        return step * (limit / length).clamp_max(1 / self.step_cap).mul(self.step_cap)
+        limit = self.step_cap * torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+        if not bool((length > limit).any()):
+            return step
+        return step * (limit / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
 
     def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
         lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)

@@ -55,14 +55,10 @@ class Verdict:
     """What a test found, one entry a row."""
 
     residual: Tensor  # |f(z) - z|
-    size: Tensor  # |f(z)|
+    relative: Tensor  # |f(z) - z| / |f(z)|, 0 where both are
     within: Tensor  # bool: the tolerance is met
     sane: Tensor  # bool: finite and not diverged
     goes_on: Tensor  # bool
-
-    def relative(self) -> Tensor:
-        """|f(z) - z| / |f(z)|, 0 where both are."""
-        return self.residual / self.size.clamp_min(torch.finfo(self.size.dtype).tiny)
 
     def code(self) -> Tensor:
         """`Result` codes, int64."""
@@ -112,13 +108,14 @@ class _Work:
         residual = torch.linalg.vector_norm(fz - z, dim=-1)
         size = torch.linalg.vector_norm(fz, dim=-1)
         if self.scale is None:
-            self.scale = torch.maximum(residual, size) * stop.divergence
-        # NaN is not below infinity; a norm that overflows counts as not finite.
-        finite = residual < float("inf")
-        within = (residual <= size * stop.rtol + stop.atol) & finite
-        sane = (residual <= self.scale) & finite
+            # Finite, so that a residual that is not, or whose norm overflows, exceeds it.
+            scale = torch.maximum(residual, size) * stop.divergence
+            self.scale = scale.nan_to_num(0.0, posinf=0.0)
+        sane = residual <= self.scale
+        within = (residual <= size * stop.rtol + stop.atol) & sane
         goes_on = torch.zeros_like(sane) if last else self.live & sane & ~within
-        return Verdict(residual, size, within, sane, goes_on)
+        relative = residual / size.clamp_min(torch.finfo(size.dtype).tiny)
+        return Verdict(residual, relative, within, sane, goes_on)
 
 
 def run(
@@ -157,9 +154,9 @@ def run(
 def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int) -> None:
     """Judge every row, keep the best iterate of each, and record those that stop."""
     verdict = work.judge(fz, stop, last=step >= stop.max_steps)
-    relative = verdict.relative()
+    relative = verdict.relative
     better = relative < work.best
-    if bool((better | ~work.live).all()):
+    if bool(better.all()):
         work.best_z, work.best = work.z, relative
     else:
         work.best_z, work.best = pick(better, work.z, work.best_z), torch.where(better, relative, work.best)

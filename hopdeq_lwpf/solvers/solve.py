@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hopdeq_lwpf._types import Context, Result, Solution, State, Trace
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
+from hopdeq_lwpf.solvers.allocator import settle
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.registry import choose_solver, make_solver
 from hopdeq_lwpf.solvers.termination import Termination
@@ -46,6 +47,7 @@ def fixed_point(
     chosen, gradient = make_solver(solver), make_adjoint(adjoint)
     view = StateView.of(f, z0)
     flat = view.flatten(z0)
+    settle()
     function = FlatFunction(f, x, view, flat.device.type)
     if steps is not None:
         return _apply(function, flat, steps, stop, trace)

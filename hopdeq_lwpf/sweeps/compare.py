@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _environment(spec: CompareSpec, seconds: float) -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": str(spec.threads),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "run time": f"{seconds:.1f} s",
     }
 
