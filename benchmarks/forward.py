@@ -52,7 +52,8 @@ def run(names: tuple[str, ...] = tuple(PROBLEMS)) -> list[dict[str, object]]:
                 ran = measure(peer, g, z0, tolerance)
                 if ran is None:
                     continue
-                calls[peer] = ran.call(g, z0)
+                if not ran.unconverged:
+                    calls[peer] = ran.call(g, z0)
                 row = _row(peer, ran.state, end, residual(g, ran.state), tolerance)
                 found.append({**row, "steps": ran.iterations, "evaluations": ran.iterations})
             for own, solver in SOLVERS.items():
@@ -68,7 +69,10 @@ def run(names: tuple[str, ...] = tuple(PROBLEMS)) -> list[dict[str, object]]:
                 )
             times = interleaved(calls, rounds=7)
             head = {"problem": name, "dtype": str(dtype).removeprefix("torch."), "tolerance": tolerance}
-            rows += [{**head, **row, "ms": round(times[str(row["solver"])], 2)} for row in found]
+            # A peer that does not converge all queries has no time to compare.
+            rows += [
+                {**head, **row, "ms": round(times.get(str(row["solver"]), float("nan")), 2)} for row in found
+            ]
     return rows
 
 

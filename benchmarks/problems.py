@@ -107,10 +107,10 @@ def random_unit(count: int = 512, seed: int = 0, queries: int = QUERIES) -> tupl
 
 
 def separated(seed: int = 0, queries: int = QUERIES) -> tuple[Tensor, Tensor]:
-    """1,024 well separated patterns of norm 1.5 sqrt(2) and queries near them: two or three steps."""
+    """1,024 well separated patterns of norm 1.5 and queries near them: two or three steps."""
     generator = torch.Generator().manual_seed(seed)
     patterns = torch.randn(1024, WIDTH, generator=generator, dtype=torch.float64)
-    patterns = torch.nn.functional.normalize(patterns, dim=-1) * CENTRE * 2**0.5
+    patterns = torch.nn.functional.normalize(patterns, dim=-1) * CENTRE
     which = torch.randint(0, 1024, (queries,), generator=generator)
     noise = torch.randn(queries, WIDTH, generator=generator, dtype=torch.float64)
     return patterns, patterns[which] + NEAR * noise
