@@ -213,9 +213,11 @@ def test_ctrl_c_is_quiet_and_leaves_nothing(tmp_path):
             assert running.poll() is None, running.stderr.read()
             assert time.monotonic() < until
             time.sleep(0.05)
+        # An interrupt while an extension module loads surfaces as an error of that import: be past it.
+        time.sleep(2)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert running.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
