@@ -51,7 +51,7 @@ class LBFGS:
     warmup: plain steps before the first that may be accelerated.
     align: cosine between consecutive residuals from which on a row is accelerated; -1 accelerates at once.
     step_cap: longest step, in residuals: nearly singular pairs propose steps that only cost an evaluation.
-    guard: whether steps are taken back. Off, it saves a tenth of the time and changes basins where patterns
+    guard: whether steps are taken back. Off, it saves a fifth of the time and changes basins where patterns
     are forgotten.
     """
 

@@ -50,8 +50,8 @@ def choose_solver(f: FlatFunction, z0: Tensor) -> Solver:
     """What "auto" means for this function.
 
     Energy and symmetric Jacobian (retrieval): guarded L-BFGS, which keeps the basin of plain iteration.
-    Energy in another metric (hierarchical memories): Picard, since accelerated solvers reach another minimum
-    in one problem of five there. No energy: Picard, and Anderson only where it is slow.
+    Energy in another metric (hierarchical memories): Picard, since no accelerated solver has been shown to
+    keep its basin there. No energy: Picard, and Anderson only where it is slow.
     """
     if f.has_energy:
         return LBFGS() if f.metric(z0) is identity else Picard()
