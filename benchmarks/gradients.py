@@ -108,3 +108,62 @@ def precision() -> list[dict[str, object]]:
                 {"problem": name, "scale": scale, "error": float((found - exact).norm() / exact.norm())}
             )
     return rows
+
+
+def _saddles(f: Retrieval, query: Tensor, patterns: Tensor) -> Tensor:
+    """Starts that Broyden takes to an unstable equilibrium of f."""
+    x = f.prepare(query, patterns)
+    solution = fixed_point(f, x, f.init(x), solver="broyden", stop=Termination(rtol=1e-10, max_steps=LIMIT))
+    states = solution.value
+    x = f.prepare(states, patterns)
+    rate = torch.stack([torch.linalg.eigvalsh(_jacobian(f, z, patterns)).max() for z in states])
+    return states[solution.converged & (rate > 1.05)]
+
+
+def _jacobian(f: Retrieval, z: Tensor, patterns: Tensor) -> Tensor:
+    weights = torch.softmax(float(f.beta) * patterns @ z, 0)
+    mean = weights @ patterns
+    return float(f.beta) * (patterns.T @ (weights[:, None] * patterns) - mean[:, None] * mean)
+
+
+def adjoint_solvers() -> list[dict[str, object]]:
+    """The adjoint solve alone: milliseconds, products a query and error of the gradient, float64.
+
+    At the stable equilibria of span, and at saddles, where CG meets negative curvature.
+    """
+    rows: list[dict[str, object]] = []
+    for name in ("span", "saddles"):
+        problem = PROBLEMS["span" if name == "span" else "random"]()
+        f = Retrieval(problem.beta)
+        start = problem.query if name == "span" else _saddles(f, problem.query, problem.patterns)
+        target = torch.randn(start.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        patterns = problem.patterns.clone().requires_grad_()
+        stop = Termination(rtol=1e-12, max_steps=LIMIT)
+        solver = "auto" if name == "span" else "broyden"
+
+        def solve(adjoint: Implicit, f=f, start=start, patterns=patterns, stop=stop, solver=solver):  # noqa: ANN001, ANN202
+            x = f.prepare(start, patterns)
+            return fixed_point(f, x, f.init(x), stop=stop, solver=solver, adjoint=adjoint)
+
+        exact = torch.autograd.grad(
+            _loss(solve(Implicit("gmres", rtol=1e-13, max_steps=500)).value, target), patterns
+        )[0]
+        calls, solutions = {}, {}
+        for method in ("auto", "cg", "minres", "gmres"):
+            for rtol in (1e-3, 1e-6):
+                solution = solve(Implicit(method, rtol=rtol))
+                loss = _loss(solution.value, target)
+                calls[f"{method} {rtol:g}"] = partial(torch.autograd.grad, loss, patterns, retain_graph=True)
+                solutions[f"{method} {rtol:g}"] = solution
+        errors = {key: float((call()[0] - exact).norm() / exact.norm()) for key, call in calls.items()}
+        times = interleaved(dict(calls), rounds=7, warmup=1)
+        rows += [
+            {
+                "problem": name, "method": key, "queries": len(start), "error": errors[key],
+                "products": round(float(solutions[key].adjoint.steps.double().mean()), 1),
+                "unconverged": int((solutions[key].adjoint.result != 0).sum()),
+                "ms": round(times[key], 2),
+            }
+            for key in calls
+        ]  # fmt: skip
+    return rows

@@ -1,6 +1,6 @@
 """Solvers, stopping rule, adjoints, fixed_point() and Equilibrium; they know no model."""
 
-from hopdeq_lwpf.solvers.adjoints import Adjoint, Implicit, OneStep, Unrolled
+from hopdeq_lwpf.solvers.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Iterate, Solver
 from hopdeq_lwpf.solvers.broyden import Broyden
@@ -21,7 +21,9 @@ __all__ = [
     "Equilibrium",
     "Implicit",
     "Iterate",
+    "Neumann",
     "OneStep",
+    "Phantom",
     "Picard",
     "Solver",
     "Termination",

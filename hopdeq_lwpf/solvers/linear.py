@@ -1,4 +1,4 @@
-"""Solvers of the adjoint system (I - J^T) u = g, every row a system of its own."""
+"""Solvers of the adjoint system (I - V) u = g, every row a system of its own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._types import Matvec, Result
+from hopdeq_lwpf._types import Matvec, Result, identity
 from hopdeq_lwpf.solvers.base import pick
+
+
+@dataclass(frozen=True)
+class System:
+    """(I - V) u = g, where V is J^T in a first derivative and J in a second one.
+
+    metric: the M in which J is self-adjoint, None where it is not known. Then J^T M is symmetric (`flipped`
+    False, V = J^T) and so is M J (`flipped` True, V = J): either way the system has a symmetric form.
+    eps: relative rounding of f.
+    """
+
+    product: Matvec  # v -> V v, (B, n) -> (B, n)
+    g: Tensor  # (B, n)
+    metric: Matvec | None
+    eps: float
+    flipped: bool = False
+
+    def symmetric(self) -> tuple[Matvec, Matvec, Matvec]:
+        """(A, left, right): A w = left(g) with A symmetric, and u = right(w)."""
+        metric = self.metric or identity
+        left, right = (metric, identity) if self.flipped else (identity, metric)
+
+        def apply(w: Tensor) -> Tensor:
+            u = right(w)
+            return left(u - self.product(u))
+
+        return apply, left, right
+
+    def residual(self, u: Tensor) -> Tensor:
+        """g - (I - V) u."""
+        return self.g - (u - self.product(u))
 
 
 @dataclass
 class LinearOutcome:
-    """u, and per row: the code, |g - (I - J^T) u| / |g| and the vector-Jacobian products used."""
+    """u, and per row: the code, |g - (I - V) u| / |g| and the products with V used."""
 
     u: Tensor  # (B, n)
     result: Tensor  # (B,) int64
@@ -28,24 +59,28 @@ def _codes(done: Tensor, residual: Tensor, broken: Tensor | None = None) -> Tens
     return torch.where(residual.isfinite(), code, int(Result.NONFINITE))
 
 
-def conjugate_gradient(vjp: Matvec, g: Tensor, metric: Matvec, rtol: float, max_steps: int) -> LinearOutcome:
-    """CG on (I - J^T) M w = g, u = M w, which is symmetric positive definite at a stable equilibrium.
+def _no_steps(g: Tensor) -> Tensor:
+    return torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
 
-    M is the metric in which J is self-adjoint (Hestenes & Stiefel 1952 for M = I). A row that meets
-    negative curvature sits at a saddle; it stops there with the code DIVERGED.
+
+def conjugate_gradient(system: System, rtol: float, max_steps: int) -> LinearOutcome:
+    """CG (Hestenes & Stiefel 1952) on the symmetric form, which is positive definite at a stable equilibrium.
+
+    A row that meets negative curvature sits at a saddle; it stops there with the code DIVERGED.
     """
+    apply, left, right = system.symmetric()
+    g = left(system.g)
     w, r, p = torch.zeros_like(g), g, g
     rr = goal = g.square().sum(-1)
     goal = goal * rtol**2
     done = rr <= goal
     broken = torch.zeros_like(done)
-    count = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
+    count = _no_steps(g)
     for _ in range(max_steps):
         active = ~(done | broken)
         if not bool(active.any()):
             break
-        mp = metric(p)
-        ap = mp - vjp(mp)
+        ap = apply(p)
         curvature = (p * ap).sum(-1)
         count = count + active
         broken = broken | (active & ~(curvature > 0))
@@ -58,7 +93,7 @@ def conjugate_gradient(vjp: Matvec, g: Tensor, metric: Matvec, rtol: float, max_
         rr = rr_next
         done = done | (move & (rr <= goal))
     residual = _relative(rr, goal, rtol)
-    return LinearOutcome(metric(w), _codes(done, residual, broken), residual, count)
+    return LinearOutcome(right(w), _codes(done, residual, broken), residual, count)
 
 
 def _relative(rr: Tensor, goal: Tensor, rtol: float) -> Tensor:
@@ -67,26 +102,95 @@ def _relative(rr: Tensor, goal: Tensor, rtol: float) -> Tensor:
     return torch.where(rr == 0, rr, rr.sqrt() / size)
 
 
-def gmres(vjp: Matvec, g: Tensor, u: Tensor, rtol: float, max_steps: int, restart: int = 20) -> LinearOutcome:
-    """Restarted GMRES (Saad & Schultz 1986) from u; for any J. Each cycle keeps `restart` vectors a row."""
+def minres(system: System, rtol: float, max_steps: int) -> LinearOutcome:
+    """MINRES (Paige & Saunders 1975) on the symmetric form: at saddles too, where CG breaks down.
+
+    Three vectors a row and one product a step, with a residual that never grows.
+    """
+    apply, left, right = system.symmetric()
+    g = left(system.g)
+    tiny = torch.finfo(g.dtype).tiny
+    size = torch.linalg.vector_norm(g, dim=-1)
+    w, count = torch.zeros_like(g), _no_steps(g)
+    v_old, v = torch.zeros_like(g), g / size.clamp_min(tiny)[:, None]
+    d_old = d = torch.zeros_like(g)
+    zero, one = torch.zeros_like(size), torch.ones_like(size)
+    beta, phi = zero, size
+    c_old, s_old, c, s = one, zero, one, zero
+    done = phi <= rtol * size
+    for _ in range(max_steps):
+        active = ~done
+        if not bool(active.any()):
+            break
+        count = count + active
+        # Lanczos: A v = beta v_old + alpha v + beta_next v_next.
+        q = apply(v) - beta[:, None] * v_old
+        alpha = (q * v).sum(-1)
+        q = q - alpha[:, None] * v
+        beta_next = torch.linalg.vector_norm(q, dim=-1)
+        # The new column of the tridiagonal matrix under the last two rotations, and one rotation more.
+        epsilon, turned = s_old * beta, c_old * beta
+        delta, gamma = c * turned + s * alpha, c * alpha - s * turned
+        c_old, s_old = c, s
+        radius = torch.hypot(gamma, beta_next).clamp_min(tiny)
+        c, s = gamma / radius, beta_next / radius
+        d_old, d = d, (v - delta[:, None] * d - epsilon[:, None] * d_old) / radius[:, None]
+        w = pick(active, w + (c * phi)[:, None] * d, w)
+        phi = torch.where(active, -s * phi, phi)
+        v_old, v = v, q / beta_next.clamp_min(tiny)[:, None]
+        beta = beta_next
+        done = done | ~(phi.abs() > rtol * size)
+    u = right(w)
+    residual = torch.linalg.vector_norm(left(system.residual(u)), dim=-1)
+    residual = torch.where(residual == 0, residual, residual / size)
+    # The recurrence and the true residual part by rounding, which grows with the condition of the system.
+    return LinearOutcome(u, _codes(residual <= rtol + SLACK * system.eps, residual), residual, count)
+
+
+# Units in the last place by which the residual of a short recurrence may miss the tolerance.
+SLACK = 50
+
+
+def gmres(
+    system: System, rtol: float, max_steps: int, start: Tensor | None = None, restart: int = 20
+) -> LinearOutcome:
+    """Restarted GMRES (Saad & Schultz 1986); for any V. Each cycle keeps `restart` vectors a row."""
+    g = system.g
+    u = torch.zeros_like(g) if start is None else start
     size = torch.linalg.vector_norm(g, dim=-1)
     goal = rtol * size
-    count = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
-    r = g - (u - vjp(u)) if bool((u != 0).any()) else g
+    count = _no_steps(g)
+    r = g if start is None else system.residual(u)
     norm = torch.linalg.vector_norm(r, dim=-1)
     left = max_steps
     while left > 0 and bool((norm > goal).any()):
         active = norm > goal
-        step, used, count = _cycle(vjp, r, norm, goal, min(restart, left), count)
+        step, used, count = _cycle(system.product, r, norm, goal, min(restart, left), count)
         left -= used
         u = pick(active, u + step, u)
-        r = pick(active, g - (u - vjp(u)), r)
+        r = pick(active, system.residual(u), r)
         before, norm = norm, torch.linalg.vector_norm(r, dim=-1)
         # At the rounding floor a new cycle gains nothing.
         if not bool(((norm > goal) & (norm < 0.9 * before)).any()):
             break
     residual = torch.where(norm == 0, norm, norm / size)
     return LinearOutcome(u, _codes(norm <= goal, residual), residual, count)
+
+
+def neumann(system: System, terms: int) -> LinearOutcome:
+    """u = sum of V^i g over i < terms: recurrent backpropagation cut off after so many terms.
+
+    The residual is that of this u, |V^terms g| / |g|, for one more product.
+    """
+    u = term = system.g
+    for _ in range(terms - 1):
+        term = system.product(term)
+        u = u + term
+    size = torch.linalg.vector_norm(system.g, dim=-1)
+    rest = torch.linalg.vector_norm(system.product(term), dim=-1)
+    residual = torch.where(rest == 0, rest, rest / size)
+    done = residual <= max(1e-6, SLACK * system.eps)
+    return LinearOutcome(u, _codes(done, residual), residual, torch.full_like(_no_steps(size), terms))
 
 
 def _cycle(

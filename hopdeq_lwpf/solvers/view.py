@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -155,6 +156,12 @@ class FlatFunction:
         if apply is None or apply is identity:
             return apply
         return lambda v: self.view.flatten(apply(self.view.unflatten(v)))
+
+    def with_context(self, x: Context) -> FlatFunction:
+        """The same function of another x, laid out alike."""
+        other = copy.copy(self)
+        other.x = x
+        return other
 
     def full_precision(self) -> AbstractContextManager[object]:
         """Where solvers do their own algebra: autocast is for f only."""
