@@ -104,12 +104,13 @@ class Solution:
 
     def failure(self) -> str | None:
         """What went wrong, in one sentence with what to try; None if every problem converged."""
-        failed = ~self.converged
+        result, residual = plain(self.result), plain(self.residual)
+        failed = result != Result.CONVERGED
         count = int(failed.sum())
         if not count:
             return None
-        codes = sorted({int(code) for code in self.result[failed]})
-        finite = self.residual[failed]
+        codes = sorted({int(code) for code in result[failed]})
+        finite = residual[failed]
         worst = float(finite[~finite.isnan()].max()) if bool((~finite.isnan()).any()) else float("nan")
         names = ", ".join(Result(code).name for code in codes)
         advice = "; ".join(ADVICE[Result(code)] for code in codes)
@@ -164,6 +165,14 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 def identity(v: Tensor) -> Tensor:
     """The metric of a function whose Jacobian is symmetric."""
     return v
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor under all transforms of torch.func, with the vmapped dimensions in it; as it is outside."""
+    functorch = torch._C._functorch  # there is no public way to the numbers
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import AdjointReport, Result, unknown
+from hopdeq_lwpf.solvers import transforms
 from hopdeq_lwpf.solvers.anderson import Anderson
-from hopdeq_lwpf.solvers.base import Solver, check_count, check_number, pick
+from hopdeq_lwpf.solvers.base import Solver, check_count, check_number, pick, transformed
 from hopdeq_lwpf.solvers.implicit import attach, gradient_of
 from hopdeq_lwpf.solvers.linear import LinearOutcome, System, conjugate_gradient, gmres, minres, neumann
 from hopdeq_lwpf.solvers.loop import Outcome, run
@@ -65,8 +66,11 @@ class Implicit:
     def solve(
         self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
     ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        with torch.no_grad():
-            outcome = run(f, z0, solver, stop, trace=trace)
+        if transformed():
+            if trace:
+                raise ValueError("trace=True is not possible under torch.func; solve once outside of it")
+            return *transforms.solve(f, z0, solver, stop, self.linear), None
+        outcome = _forward(self, f, z0, solver, stop, trace)
         report = AdjointReport()
         return attach(f, outcome.z, self.linear, report), outcome, report
 
@@ -116,8 +120,7 @@ class OneStep:
     def solve(
         self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
     ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        with torch.no_grad():
-            outcome = run(f, z0, solver, stop, trace=trace)
+        outcome = _forward(self, f, z0, solver, stop, trace)
         return attach(f, outcome.z, _one_step, AdjointReport(), exact=False), outcome, None
 
 
@@ -140,8 +143,7 @@ class Neumann:
     def solve(
         self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
     ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        with torch.no_grad():
-            outcome = run(f, z0, solver, stop, trace=trace)
+        outcome = _forward(self, f, z0, solver, stop, trace)
         report = AdjointReport()
         return attach(f, outcome.z, self._sum, report, exact=False), outcome, report
 
@@ -169,8 +171,7 @@ class Phantom:
     def solve(
         self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
     ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        with torch.no_grad():
-            outcome = run(f, z0, solver, stop, trace=trace)
+        outcome = _forward(self, f, z0, solver, stop, trace)
         if not torch.is_grad_enabled():
             return outcome.z, outcome, None
         z = outcome.z.detach()
@@ -184,7 +185,7 @@ class Phantom:
 class Unrolled:
     """Ordinary autograd through every iteration of the solver; memory grows with the steps.
 
-    The one adjoint that keeps the gradient to z0 and can be differentiated any number of times.
+    The one adjoint that keeps the gradient to z0.
     """
 
     drops_z0 = False
@@ -217,6 +218,16 @@ def make_adjoint(spec: str | Adjoint) -> Adjoint:
     if isinstance(spec, type) or not callable(getattr(spec, "solve", None)):
         raise TypeError(f"adjoint must be a name or an object such as Implicit(rtol=1e-6), got {spec!r}")
     return spec
+
+
+def _forward(
+    adjoint: Adjoint, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
+) -> Outcome:
+    """The solve, without a graph."""
+    if transformed():
+        raise TypeError(f"{adjoint!r} does not work under torch.func; use Implicit(), Unrolled() or steps=k")
+    with torch.no_grad():
+        return run(f, z0, solver, stop, trace=trace)
 
 
 def _one_step(system: System) -> tuple[LinearOutcome, str]:

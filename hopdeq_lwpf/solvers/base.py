@@ -61,6 +61,12 @@ def pick(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(rows[:, None], yes, no)
 
 
+def transformed() -> bool:
+    """Whether the call runs inside a torch.func transform, where no tensor may be asked for its numbers."""
+    # There is no public question to ask.
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def check_number(
     name: str, value: object, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hopdeq_lwpf._types import Context, ConvergenceWarning, Solution, State, unknown
+from hopdeq_lwpf._types import Context, ConvergenceWarning, Solution, State, plain, unknown
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.registry import make_solver
@@ -71,8 +71,12 @@ class Equilibrium(nn.Module):
         solution = dataclasses.replace(solution, note=note)
         self.last_solution = dataclasses.replace(
             solution,
-            value=pytree.tree_map(Tensor.detach, solution.value),
-            state=pytree.tree_map(Tensor.detach, solution.state),
+            value=pytree.tree_map(_detached, solution.value),
+            state=pytree.tree_map(_detached, solution.state),
+            result=plain(solution.result),
+            residual=plain(solution.residual),
+            steps=plain(solution.steps),
+            evaluations=plain(solution.evaluations),
         )
         self._report(solution)
         return solution if return_solution else solution.value
@@ -116,3 +120,7 @@ class Equilibrium(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, solver={self.solver!r}, adjoint={self.adjoint!r}, on_failure={self.on_failure!r}"
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return plain(tensor.detach())

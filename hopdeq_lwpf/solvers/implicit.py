@@ -153,7 +153,7 @@ class _Recorded:
             self.report.steps = outcome.steps.reshape(shape)
             self.report.method = method
         if self.exact:
-            _warn(outcome, method)
+            warn_unconverged(outcome, method)
         return outcome.u
 
     def _product(self, v: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class _Once(torch.autograd.Function):
         )
 
 
-def _warn(outcome: LinearOutcome, method: str) -> None:
+def warn_unconverged(outcome: LinearOutcome, method: str) -> None:
     """Say that an adjoint solve did not converge."""
     failed = int((outcome.result != Result.CONVERGED).sum())
     if failed:

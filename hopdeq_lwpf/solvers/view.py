@@ -121,8 +121,9 @@ class FlatFunction:
         # What one rounding of f costs, relative; guards must allow for it.
         dtypes = set(view.dtypes)
         self.autocast = torch.is_autocast_enabled(device)
+        self.autocast_dtype = torch.get_autocast_dtype(device)
         if self.autocast:
-            dtypes.add(torch.get_autocast_dtype(device))
+            dtypes.add(self.autocast_dtype)
         self.eps = max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def __call__(self, flat: Tensor) -> Tensor:
@@ -163,9 +164,19 @@ class FlatFunction:
         other.x = x
         return other
 
+    def of_function(self, f: Any) -> FlatFunction:
+        """The same layout for another f; not narrowed, since the rows of x are only known to the first."""
+        other = copy.copy(self)
+        other.f, other._evaluate, other._select = f, getattr(f, "evaluate", None), None
+        return other
+
     def full_precision(self) -> AbstractContextManager[object]:
         """Where solvers do their own algebra: autocast is for f only."""
         return torch.autocast(self.device, enabled=False) if self.autocast else nullcontext()
+
+    def recorded_precision(self) -> AbstractContextManager[object]:
+        """The autocast state that f was first called under."""
+        return torch.autocast(self.device, dtype=self.autocast_dtype, enabled=self.autocast)
 
     def narrow(self, live: Tensor) -> tuple[FlatFunction, Tensor] | None:
         """The function over a subset of rows that holds all live ones, and those rows; None if f cannot."""
