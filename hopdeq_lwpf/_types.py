@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -126,6 +128,14 @@ class Solution:
             raise ConvergenceError(message)
         return self
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all fields to a safetensors file; `hopdeq_lwpf.storage.load_solution` reads it.
+
+        See `hopdeq_lwpf.storage.save_solution`.
+        """
+        # By name: storage lies above, and is needed only here.
+        importlib.import_module("hopdeq_lwpf.storage").save_solution(self, path)
+
 
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
     """The error for a name that is not known: names the nearest one and all that are allowed."""
@@ -169,6 +179,8 @@ def identity(v: Tensor) -> Tensor:
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor under all transforms of torch.func, with the vmapped dimensions in it; as it is outside."""
+    if torch.compiler.is_compiling():
+        return tensor
     functorch = torch._C._functorch  # there is no public way to the numbers
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)

@@ -80,6 +80,52 @@ def test_a_compiled_module_trains_as_the_plain_one(backend):
     assert relative_error(compiled, gradients(lambda f: f)) < 1e-9
 
 
+class Model(nn.Module):
+    # Not a Sequential, whose loop torch.compile leaves alone altogether once it has to break in it.
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(6, 6).double(), layer, nn.Linear(6, 2).double()
+
+    def forward(self, x):
+        return self.after(self.layer(self.before(x)))
+
+
+@pytest.mark.usefixtures("kept_buffers")
+@pytest.mark.parametrize("inner", [False, True], ids=["f as it is", "f compiled too"])
+def test_a_compiled_model_breaks_its_graph_once_a_layer(inner):
+    torch.manual_seed(0)
+    cell = torch.compile(Cell(), backend="aot_eager", dynamic=True) if inner else Cell()
+    layer = Equilibrium(cell, stop=TIGHT)
+    model = Model(layer)
+    x = normal(4, 6)
+    seen = torch._dynamo.explain(model)(x)
+    assert (seen.graph_break_count, seen.graph_count) == (1, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(compiled(x), model(x))
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert_close(torch.autograd.grad(compiled(x).sum(), list(model.parameters())), expected)
+
+
+@pytest.mark.parametrize("unit", [None, "relu", "pfu", "topk"])
+@pytest.mark.parametrize("separation", ["softmax", "sparsemax"])
+def test_f_is_one_graph(unit, separation):
+    torch._dynamo.reset()
+    f = Retrieval(2.0, forgetting=unit, separation=separation)
+    query = normal(4, 8)
+    x = f.prepare(query, normal(10, 8, seed=2))
+    assert torch._dynamo.explain(f)(query, x).graph_break_count == 0
+
+
+@pytest.mark.usefixtures("kept_buffers")
+def test_counted_steps_are_one_graph():
+    layer = Equilibrium(Cell(), steps=3)
+    x = normal(4, 6)
+    assert torch._dynamo.explain(layer)(x).graph_break_count == 0
+    compiled = torch.compile(layer, backend="aot_eager")
+    assert_close(compiled(x), layer(x))
+
+
 def test_without_kept_buffers_torch_says_what_to_set():
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="donated_buffer=False"):

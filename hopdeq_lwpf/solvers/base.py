@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -65,6 +66,21 @@ def transformed() -> bool:
     """Whether the call runs inside a torch.func transform, where no tensor may be asked for its numbers."""
     # There is no public question to ask.
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def outside_of_compile(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The call, as it is, where torch.compile traces the caller: one graph break instead of dozens.
+
+    How often f is called depends on data, so a solve cannot be one graph. An f that was compiled by itself stays
+    compiled.
+    """
+    import torch._dynamo  # only where somebody compiles: it takes a second to import
+
+    return torch._dynamo.disable(function)(*arguments, **options)
+
+
+# What torch.compiler.disable sets; setting it here spares the import.
+outside_of_compile._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def check_number(

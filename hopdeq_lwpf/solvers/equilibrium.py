@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from hopdeq_lwpf._types import Context, ConvergenceWarning, Solution, State, plain, unknown
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
-from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.base import Solver, outside_of_compile
 from hopdeq_lwpf.solvers.registry import make_solver
 from hopdeq_lwpf.solvers.solve import check_function, check_steps, check_stop, fixed_point
 from hopdeq_lwpf.solvers.termination import Termination
+from hopdeq_lwpf.solvers.warm import WarmStart
+from hopdeq_lwpf.solvers.weights import frozen_weights, has_moving_weights
 
 ON_FAILURE = ("warn", "raise", "ignore")
 DETACHED = "z0 was detached: at an equilibrium the gradient to the starting state is zero"
@@ -29,6 +32,8 @@ class Equilibrium(nn.Module):
     `init`, else zeros like x. `steps`, `solver`, `stop` and `adjoint` are those of `fixed_point`.
 
     on_failure: "warn", "raise" or "ignore" when problems do not converge (steps=k never fails).
+    warm_start: True starts each sample at its last equilibrium, where forward gets `index`, the numbers of the
+        samples (see `WarmStart`, which is kept as `warm`, outside of the state_dict).
     `last_solution` holds the detached Solution of the last call, for a look at residual and steps.
     """
 
@@ -43,6 +48,7 @@ class Equilibrium(nn.Module):
         stop: Termination = Termination(),  # noqa: B008 (frozen)
         adjoint: str | Adjoint = "implicit",
         on_failure: str = "warn",
+        warm_start: bool = False,
     ) -> None:
         super().__init__()
         check_function(f)
@@ -58,17 +64,30 @@ class Equilibrium(nn.Module):
         self.stop = stop
         self.adjoint = adjoint
         self.on_failure = on_failure
+        if warm_start and steps is not None:
+            raise ValueError(f"warm_start needs an equilibrium to start at; with steps={steps} there is none")
+        self.warm = WarmStart() if warm_start else None
         self.last_solution = None
         self._told = False
 
-    def forward(self, x: Any, z0: State | None = None, *, return_solution: bool = False) -> State | Solution:
-        """x -> the equilibrium (a tensor or pytree shaped as z0), or the whole Solution."""
-        context = self.f.prepare(x) if hasattr(self.f, "prepare") else x
-        z0, note = self._detach(self._start(x, context) if z0 is None else z0)
-        solution = fixed_point(
-            self.f, context, z0, steps=self.steps, solver=self.solver, stop=self.stop, adjoint=self.adjoint
-        )
-        solution = dataclasses.replace(solution, note=note)
+    def forward(
+        self,
+        x: Any,
+        z0: State | None = None,
+        *,
+        index: Tensor | None = None,
+        return_solution: bool = False,
+    ) -> State | Solution:
+        """x -> the equilibrium (a tensor or pytree shaped as z0), or the whole Solution.
+
+        index: (B,) integers, which samples these are; for warm starts only.
+        """
+        if self.steps is None and torch.compiler.is_compiling():
+            options = {"index": index, "return_solution": return_solution}
+            return outside_of_compile(self.forward, x, z0, **options)
+        # A solve needs a fixed map; what stays the same anyway is left as it is, for its second derivatives.
+        with frozen_weights(self) if has_moving_weights(self) else nullcontext():
+            solution = self._solve(x, z0, index)
         self.last_solution = dataclasses.replace(
             solution,
             value=pytree.tree_map(_detached, solution.value),
@@ -78,8 +97,22 @@ class Equilibrium(nn.Module):
             steps=plain(solution.steps),
             evaluations=plain(solution.evaluations),
         )
+        if index is not None and self.warm is not None:
+            self.warm.keep(index, solution)
         self._report(solution)
         return solution if return_solution else solution.value
+
+    def _solve(self, x: Any, z0: State | None, index: Tensor | None) -> Solution:
+        context = self.f.prepare(x) if hasattr(self.f, "prepare") else x
+        z0, note = self._detach(self._start(x, context) if z0 is None else z0)
+        if index is not None:
+            if self.warm is None:
+                raise ValueError("index is for warm starts: build the layer with warm_start=True")
+            z0 = self.warm.start(index, z0)
+        solution = fixed_point(
+            self.f, context, z0, steps=self.steps, solver=self.solver, stop=self.stop, adjoint=self.adjoint
+        )
+        return dataclasses.replace(solution, note=note)
 
     def _start(self, x: Any, context: Context) -> State:
         if hasattr(self.f, "init"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -118,37 +119,68 @@ class _Work:
         return Verdict(residual, relative, within, sane, goes_on)
 
 
+class Course:
+    """A solve under way: it evaluates f at the iterates that a solver proposes, tests, records and traces."""
+
+    def __init__(
+        self, f: FlatFunction, z0: Tensor, stop: Termination, *, trace: bool = False, energy: bool = False
+    ) -> None:
+        self.stop = stop
+        self.step = 0
+        self.outcome = Outcome.empty(z0)
+        self.history = _History(f.has_energy, z0.shape[0]) if trace else None
+        self.work = _Work.start(f, z0)
+        self.want_energy = f.has_energy and (energy or trace)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every problem has stopped."""
+        return not self.work.remaining
+
+    def evaluate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """f, energy and piece at `work.z`; the next evaluation belongs to the next step."""
+        work = self.work
+        fz, energy, piece = work.f.evaluate(work.z) if self.want_energy else (work.f(work.z), None, None)
+        if self.history is not None:
+            self.history.add(work, fz, energy)
+        if self.stop.checks(self.step):
+            _test(work, self.outcome, fz, self.stop, self.step)
+        self.step += 1
+        return fz, energy, piece
+
+    def finish(self) -> Outcome:
+        """The outcome, with its trace where one was asked for."""
+        if self.history is not None:
+            self.outcome.trace = self.history.finish(self.work.f, self.outcome.z)
+        return self.outcome
+
+
 def run(
     f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, *, trace: bool = False, drop: bool = True
 ) -> Outcome:
     """Iterate `solver` on f from z0 (B, n) until every problem has stopped.
 
     With gradients enabled every operation is recorded (nothing is done in place); pass `drop=False` then.
+    A solver that has `run(f, z0, stop, trace) -> Outcome` in place of `propose`, such as another library's,
+    brings its own loop.
     """
-    outcome = Outcome.empty(z0)
-    history = _History(f.has_energy, z0.shape[0]) if trace else None
-    work = _Work.start(f, z0)
-    want_energy = f.has_energy and (solver.uses_energy or trace)
-    step = 0
-    while work.remaining:
-        fz, energy, piece = work.f.evaluate(work.z) if want_energy else (work.f(work.z), None, None)
-        if history is not None:
-            history.add(work, fz, energy)
-        if stop.checks(step):
-            _test(work, outcome, fz, stop, step)
-            if not work.remaining:
-                break
-            keep = work.drop() if drop else None
-            if keep is not None:
-                fz, energy, piece = take((fz, energy, piece), keep)
+    if not hasattr(solver, "propose"):
+        return cast(Any, solver).run(f, z0, stop, trace)
+    course = Course(f, z0, stop, trace=trace, energy=solver.uses_energy)
+    work = course.work
+    while not course.ended:
+        step = course.step
+        fz, energy, piece = course.evaluate()
+        if course.ended:
+            break
+        keep = work.drop() if drop and stop.checks(step) else None
+        if keep is not None:
+            fz, energy, piece = take((fz, energy, piece), keep)
         metric = work.f.metric(work.z) if solver.uses_metric else None
         now = Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
         with f.full_precision():
             work.z, work.memory = solver.propose(work.memory, now)
-        step += 1
-    if history is not None:
-        outcome.trace = history.finish(f, outcome.z)
-    return outcome
+    return course.finish()
 
 
 def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int) -> None:

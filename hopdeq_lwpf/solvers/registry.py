@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.broyden import Broyden
 from hopdeq_lwpf.solvers.lbfgs import LBFGS
 from hopdeq_lwpf.solvers.picard import Picard
+from hopdeq_lwpf.solvers.torchdeq import PREFIX, THEIRS, TorchDEQ
 from hopdeq_lwpf.solvers.view import FlatFunction
 
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -28,20 +30,28 @@ def register_solver(name: str, factory: Callable[[], Solver]) -> None:
         raise TypeError(
             f"register_solver needs a name and a factory such as a class, got {name!r}, {factory!r}"
         )
+    if name.startswith(PREFIX):
+        raise ValueError(f"solver {name!r}: names that begin with {PREFIX!r} are torchdeq's; choose another")
     if name in SOLVERS or name == "auto":
         raise ValueError(f"solver {name!r} is already registered")
     SOLVERS[name] = factory
 
 
 def make_solver(spec: str | Solver) -> Solver | None:
-    """The solver for a name or an object; None for "auto", which needs to see the function."""
+    """The solver for a name or an object; None for "auto", which needs to see the function.
+
+    "torchdeq:NAME" is torchdeq's solver of that name with its own defaults, `TorchDEQ(NAME)`.
+    """
     if isinstance(spec, str):
         if spec == "auto":
             return None
+        if spec.startswith(PREFIX):
+            return cast(Solver, TorchDEQ(spec.removeprefix(PREFIX)))
         if spec not in SOLVERS:
-            raise unknown("solver", spec, [*SOLVERS, "auto"])
+            raise unknown("solver", spec, [*SOLVERS, "auto", *(PREFIX + name for name in THEIRS)])
         return SOLVERS[spec]()
-    if isinstance(spec, type) or not callable(getattr(spec, "propose", None)):
+    proposes = callable(getattr(spec, "propose", None)) or callable(getattr(spec, "run", None))
+    if isinstance(spec, type) or not proposes:
         raise TypeError(f"solver must be a name or an object such as LBFGS(memory=3), got {spec!r}")
     return spec
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from hopdeq_lwpf._types import Context, Result, Solution, State, Trace
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.allocator import settle
-from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.base import Solver, outside_of_compile
 from hopdeq_lwpf.solvers.registry import choose_solver, make_solver
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction, StateView
@@ -34,20 +34,24 @@ def fixed_point(
         (default: all but the first dimension of the tensor).
     steps: k applies f exactly k times with ordinary autograd; solver and adjoint are then not used and z0 may
         require grad; `result` says whether the last step met the tolerance. None solves to equilibrium.
-    solver: "auto", "picard", "anderson", "broyden", "lbfgs", or an object with options.
-    adjoint: "implicit", "unrolled", "onestep", or an object with options.
+    solver: "auto", "picard", "anderson", "broyden", "lbfgs", "torchdeq:NAME", or an object with options.
+    adjoint: "implicit", "unrolled", "onestep", "neumann", "phantom", or an object with options.
     trace: record residual and energy of every evaluation (and evaluate energies where the solver would not).
 
     Failure to converge is reported in the Solution and never raised here; an unconverged problem returns its
     iterate of lowest residual. Raises TypeError or ValueError for input that cannot be solved.
     """
+    if steps is None and torch.compiler.is_compiling():
+        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace}
+        return outside_of_compile(fixed_point, f, x, z0, **options)
     check_function(f)
     check_steps(steps)
     check_stop(stop)
     chosen, gradient = make_solver(solver), make_adjoint(adjoint)
     view = StateView.of(f, z0)
     flat = view.flatten(z0)
-    settle()
+    if not torch.compiler.is_compiling():
+        settle()
     function = FlatFunction(f, x, view, flat.device.type)
     if steps is not None:
         return _apply(function, flat, steps, stop, trace)
