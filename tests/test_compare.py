@@ -10,7 +10,7 @@ import yaml
 
 from hopdeq_lwpf import Termination, retrieve
 from hopdeq_lwpf.data import DataError, Preprocessing, load_digits
-from hopdeq_lwpf.sweeps.cells import basin_changes, nearest_pattern
+from hopdeq_lwpf.sweeps.cells import nearest_pattern
 from hopdeq_lwpf.sweeps.compare import compare, run
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec, RetrieveSpec, SpecError
 from hopdeq_lwpf.sweeps.statistics import Bootstrap
@@ -65,6 +65,7 @@ def test_the_yaml_file_holds_the_defaults():
         ({"noise": (-0.1,)}, "noise must be at least 0, got"),
         ({"mask": (), "noise": (), "flip": ()}, "nothing to ask"),
         ({"samples": 0}, "samples must be a whole number"),
+        ({"spectrum": -1}, "spectrum must be a whole number"),
         ({"samples": 1.5}, "samples must be a whole number"),
         ({"rtol": 0.0, "atol": 0.0}, "no solve would ever"),
         ({"confidence": 1.0}, "confidence"),
@@ -275,22 +276,6 @@ def test_unconverged_queries_are_counted():
         missed = row["max_steps"] + row["diverged"] + row["nonfinite"]
         assert missed == round((1 - row["converged"]) * row["queries"])
         assert missed > 0
-
-
-def test_basin_changes_are_seen():
-    patterns = torch.eye(4)
-    query = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.1, 0.9, 0.0, 0.0]])
-    limit = retrieve(query.double(), patterns.double(), beta=20.0, solver="picard")
-    assert basin_changes(limit.state.float(), limit).tolist() == [0, 0]
-    assert basin_changes(limit.state.flip(0).float(), limit).tolist() == [1, 1]
-    short = retrieve(
-        query.double(),
-        patterns.double(),
-        beta=2.0,
-        solver="picard",
-        stop=Termination(rtol=1e-14, atol=0, max_steps=2),
-    )
-    assert basin_changes(short.state, short).isnan().all()  # an unconverged reference says nothing
 
 
 def test_total_forgetting_is_not_a_recall(tmp_path):

@@ -117,6 +117,30 @@ def test_what_did_not_converge_is_listed(study):
     assert sum(int(line[grid.header.index("not")]) for line in grid.lines) == count
 
 
+def test_fixed_points_have_a_table_and_sentences(study):
+    comparison, text = study
+    grid = next(grid for grid in summaries(comparison) if grid.title.startswith("Fixed points"))
+    assert f"<h3>{grid.title}</h3>" in text
+    for line in grid.lines:
+        entry = dict(zip(grid.header, line, strict=True))
+        rows = [
+            row
+            for row in comparison.rows
+            if row["steps"] == CONVERGED
+            and (row["forgetting"] == "none") == (entry["forgetting"] == "no forgetting")
+            and f"{row['beta']:g}" == entry["beta"]
+        ]
+        for name, column in (("single %", "single"), ("metastable %", "metastable"), ("global %", "global")):
+            assert entry[name] == f"{100 * np.mean([row[column] for row in rows]):.1f}"
+        # What no set uses is unused by each of them.
+        assert int(entry["dead patterns"]) <= min(row["dead"] for row in rows)
+        stored = rows[0]["stored"]
+        assert entry["stored by condition"] == ("-" if np.isnan(stored) else f"{stored:g} of 60")
+    said = " ".join(findings(comparison))
+    assert "Contraction: spectral radius" in said
+    assert "of 60 patterns" in said
+
+
 def test_the_settings_run_again(study):
     comparison, text = study
     data = re.search(r'<script type="application/json" id="settings">(.*?)</script>', text)[1]

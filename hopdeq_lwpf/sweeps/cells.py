@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,18 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from hopdeq_lwpf import Result, Termination, retrieve
+from hopdeq_lwpf.diagnostics import (
+    FixedPoint,
+    basin_changed,
+    classify,
+    picard_limit,
+    spectral_radius,
+    storage_condition,
+)
+from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec, Steps
 from hopdeq_lwpf.sweeps.statistics import Bootstrap
 from hopdeq_lwpf.sweeps.task import QuerySet, Task
-
-BASIN_DISTANCE = 0.05  # another attractor, not the same one at another tolerance: relative, as in the promise
 
 # Calls shorter than this are repeated, since a scheduler's hiccup would be most of what is timed.
 SHORT_CALL = 0.02  # seconds
@@ -51,6 +59,8 @@ class Outcome:
     residual: NDArray[np.float64]
     result: NDArray[np.int64]
     seconds: float  # for all queries together
+    points: Points | None  # of a converged run
+    stored: float  # patterns that the storage condition grants; NaN where no theorem applies
 
 
 def call(cell: Cell, task: Task, spec: CompareSpec, **more: Any) -> Any:
@@ -80,24 +90,55 @@ def _timed(cell: Cell, task: Task, spec: CompareSpec) -> tuple[Any, float]:
     return recall, float(np.median(seconds))
 
 
-def picard_limit(cell: Cell, task: Task, spec: CompareSpec) -> Any:
-    """Where plain Picard iteration in float64 takes the same queries."""
-    return call(
-        cell,
-        task,
-        spec,
-        query=cell.queries.queries.double(),
-        patterns=task.patterns.double(),
-        solver="picard",
-        stop=Termination(rtol=spec.reference_rtol, atol=spec.atol, max_steps=spec.reference_max_steps),
+def _function(cell: Cell, spec: CompareSpec) -> Retrieval:
+    """The fixed-point function that `call` solves."""
+    unit = None if cell.forgetting == "none" else cell.forgetting
+    return Retrieval(cell.beta, forgetting=unit, separation=spec.separation)
+
+
+def _basin_changes(state: Tensor, cell: Cell, task: Task, spec: CompareSpec) -> Tensor:
+    """(B,) float64: 1 where plain iteration in float64 ends elsewhere, NaN where it does not converge."""
+    f = _function(cell, spec)
+    with torch.no_grad():
+        # From float64 input, so that the forgetting threshold is drawn in float64 too.
+        x = f.prepare(cell.queries.queries.double(), task.patterns.double())
+    stop = Termination(
+        rtol=spec.reference_rtol, atol=spec.atol, max_steps=spec.reference_max_steps, check_every=1
     )
+    return basin_changed(state, picard_limit(f, x, f.init(x), stop=stop))
 
 
-def basin_changes(state: Tensor, limit: Any) -> Tensor:
-    """(B,) float64: 1 where `state` is not the limit, NaN where plain iteration did not converge either."""
-    distance = vector_norm(state.double() - limit.state, dim=-1)
-    changed = (distance > BASIN_DISTANCE * vector_norm(limit.state, dim=-1)).double()
-    return changed.masked_fill(~limit.converged, torch.nan)
+@dataclass(frozen=True)
+class Points:
+    """What kind of fixed points a converged run ended in; (B,) arrays, NaN for queries that were not asked."""
+
+    kind: NDArray[np.int64]  # `FixedPoint` codes
+    size: NDArray[np.int64]  # number of patterns that hold 90 % of the weight
+    radius: NDArray[np.float64]  # spectral radius of the Jacobian, of a sample of the queries
+    used: NDArray[np.bool_]  # (N,): some query gives the pattern a weight
+
+
+def _points(state: Tensor, cell: Cell, task: Task, spec: CompareSpec) -> Points:
+    f = _function(cell, spec)
+    queries = cell.queries.queries
+    with torch.no_grad():
+        x = f.prepare(queries, task.patterns)
+        weights = f.weights(state, x)
+        kinds = classify(weights)
+        radius = torch.full(state.shape[:1], torch.nan, dtype=torch.float64)
+        # The same queries in every cell, so that cells are compared in pairs.
+        order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(spec.seed))
+        rows = order[: spec.spectrum].sort().values
+        some = f.prepare(queries[rows], task.patterns)
+    if len(rows):
+        radius[rows] = spectral_radius(f, state[rows], some).radius.double()
+    return Points(kinds.kind.numpy(), kinds.size.numpy(), radius.numpy(), (weights > 0).any(0).numpy())
+
+
+@lru_cache(maxsize=16)
+def stored_patterns(patterns: Tensor, beta: float) -> int:
+    """How many patterns the storage condition of softmax retrieval grants; the same for every cell of a beta."""
+    return int(storage_condition(patterns.double(), beta).stored.sum())
 
 
 def nearest_pattern(states: Tensor, patterns: Tensor) -> Tensor:
@@ -129,9 +170,11 @@ def run_cell(cell: Cell, task: Task, spec: CompareSpec) -> Outcome:
         is_right = _same_pattern(found, task.targets, patterns)
         error = _relative_distance(states, patterns[task.targets]).double()
         right, good = is_right.double(), (is_right & (error <= spec.max_error)).double()
-    changed = none
-    if spec.reference and cell.steps == CONVERGED:
-        changed = basin_changes(recall.state, picard_limit(cell, task, spec))
+    changed, points = none, None
+    if cell.steps == CONVERGED:
+        points = _points(recall.state, cell, task, spec)
+        changed = _basin_changes(recall.state, cell, task, spec) if spec.reference else none
+    covered = spec.separation == "softmax" and cell.forgetting == "none"
     return Outcome(
         nearest=found.numpy(),
         right=right.numpy(),
@@ -146,6 +189,8 @@ def run_cell(cell: Cell, task: Task, spec: CompareSpec) -> Outcome:
         residual=recall.residual.double().numpy(),
         result=recall.result.numpy(),
         seconds=seconds,
+        points=points,
+        stored=stored_patterns(task.patterns, cell.beta) if covered else np.nan,
     )
 
 
@@ -187,7 +232,7 @@ def summarize(cell: Cell, outcome: Outcome, baselines: Baselines, bootstrap: Boo
     ):
         interval = bootstrap.mean(values)
         row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row | _plain_columns(outcome, baselines)
+    return row | _plain_columns(outcome, baselines) | _point_columns(outcome)
 
 
 def _plain_columns(outcome: Outcome, baselines: Baselines) -> dict[str, Any]:
@@ -211,4 +256,24 @@ def _plain_columns(outcome: Outcome, baselines: Baselines) -> dict[str, Any]:
         "forgotten": float(outcome.forgotten.mean()),
         "weight": float(np.nanmean(outcome.weight)) if np.isfinite(outcome.weight).any() else np.nan,
         "ms_per_query": 1e3 * outcome.seconds / size,
+    }
+
+
+def _point_columns(outcome: Outcome) -> dict[str, Any]:
+    """Types and contraction of the fixed points; NaN where the run was not to convergence."""
+    points, unknown = outcome.points, np.nan
+    if points is None:
+        names = ("single", "metastable", "metastable_size", "global", "radius_median", "radius_p95", "dead")
+        return dict.fromkeys(names, unknown) | {"stored": outcome.stored}
+    middle = points.kind == FixedPoint.METASTABLE
+    known = points.radius[~np.isnan(points.radius)]
+    return {
+        "single": float((points.kind == FixedPoint.SINGLE).mean()),
+        "metastable": float(middle.mean()),
+        "metastable_size": float(np.median(points.size[middle])) if middle.any() else unknown,
+        "global": float((points.kind == FixedPoint.GLOBAL).mean()),
+        "radius_median": float(np.median(known)) if known.size else unknown,
+        "radius_p95": float(np.quantile(known, 0.95)) if known.size else unknown,
+        "dead": float((~points.used).sum()),
+        "stored": outcome.stored,
     }

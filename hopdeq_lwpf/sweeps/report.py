@@ -59,7 +59,12 @@ what was recalled is the right one and is closer than <code>max_error</code>. In
 (percentile bootstrap); the queries are the same in all settings of a kind and level, so differences are taken
 in pairs. An interval of no width at 0 or 100 % says only that all queries agreed. A basin change is a
 converged run that ends more than 5 % (relative) from where plain iteration in float64 ends; queries for which
-that iteration does not converge are left out of this share and counted. Times are of whole batches on this
+that iteration does not converge are left out of this share and counted. The size of a fixed point is the number
+of largest weights that hold 90 % of the weight: one is a single pattern, more than half of all a global average,
+else it is metastable. The spectral radius of df/dz at the equilibrium is what plain iteration multiplies a small
+error by at each step; it is measured for a sample of the queries (setting <code>spectrum</code>). A dead pattern
+gets no weight from any query. Stored patterns are those that meet the condition of Ramsauer et al. 2021 (lemmas
+A5 to A7), which is sufficient and not necessary: recall works far beyond it. Times are of whole batches on this
 machine and include everything that the call does."""
 
 

@@ -33,7 +33,7 @@ class CompareSpec:
     """
 
     patterns: str | None = _option(
-        None, "file of stored patterns, one a row (.npy, .npz, .csv); null: digits"
+        None, "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images; null: digits"
     )
     queries: str | None = _option(
         None, "file of queries, used as they are; null: corrupted stored patterns (needs --patterns)"
@@ -58,6 +58,7 @@ class CompareSpec:
     reference: bool = _option(True, "count basin changes against plain Picard iteration in float64")
     reference_rtol: float = _option(1e-6, "relative tolerance of that iteration")
     reference_max_steps: int = _option(5000, "step limit of that iteration")
+    spectrum: int = _option(64, "queries of each converged cell whose spectral radius is measured; 0: none")
     resamples: int = _option(1000, "bootstrap resamples of the queries")
     confidence: float = _option(0.95, "coverage of the intervals")
     trajectories: int = _option(16, "queries whose energy is drawn; 0: none")
@@ -99,7 +100,7 @@ class CompareSpec:
     def _check_numbers(self) -> None:
         for name in ("samples", "max_steps", "reference_max_steps", "resamples", "threads"):
             _whole(name, getattr(self, name), least=1)
-        for name in ("trajectories", "seed"):
+        for name in ("trajectories", "spectrum", "seed"):
             _whole(name, getattr(self, name), least=0)
         if self.stored is not None:
             _whole("stored", self.stored, least=1)
@@ -145,8 +146,8 @@ class RetrieveSpec:
     Raises SpecError for a value that makes no sense.
     """
 
-    patterns: str = _option("", "file of stored patterns, one a row (.npy, .npz, .csv)")
-    queries: str = _option("", "file of queries, one a row")
+    patterns: str = _option("", "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images")
+    queries: str = _option("", "queries, in a file or folder of one of these kinds")
     out: str = _option("", "file of the recall: .npz everything, .npy or .csv only what was recalled")
     values: str | None = _option(None, "file of what is read out instead of the patterns, one row a pattern")
     normalize: str = _option("none", f"patterns and queries before storing: one of {', '.join(NORMALIZE)}")

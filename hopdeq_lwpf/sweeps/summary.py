@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hopdeq_lwpf import plots
-from hopdeq_lwpf.sweeps.cells import Cell, Outcome
+from hopdeq_lwpf.diagnostics import FixedPoint, steps_per_digit
+from hopdeq_lwpf.sweeps.cells import Cell, Outcome, Points
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec
 from hopdeq_lwpf.sweeps.statistics import Bootstrap, Interval
 from hopdeq_lwpf.sweeps.table import Row
@@ -72,7 +74,7 @@ def summaries(comparison: Comparison) -> list[Grid]:
         kinds = dict.fromkeys(entry.kind for entry in comparison.task.sets)
         grids += [_by_level(comparison, kind) for kind in kinds]
     if CONVERGED in comparison.spec.steps:
-        grids.append(_solves(comparison))
+        grids += [_solves(comparison), _fixed_points(comparison)]
     return grids
 
 
@@ -193,6 +195,52 @@ def _solve_line(outcomes: Sequence[Outcome], rows: Sequence[Row]) -> tuple[str, 
     )
 
 
+def _fixed_points(comparison: Comparison) -> Grid:
+    """What kind of fixed points the converged runs ended in: by unit and beta, all query sets together."""
+    lines = []
+    for unit in comparison.spec.forgetting:
+        for beta in comparison.spec.beta:
+            points = [
+                outcome.points
+                for cell, outcome in zip(comparison.cells, comparison.outcomes, strict=True)
+                if (cell.forgetting, cell.beta) == (unit, beta) and outcome.points is not None
+            ]
+            stored = _stored(comparison, beta) if unit == "none" else np.nan
+            lines.append((unit_name(unit), f"{beta:g}", *_point_line(points, stored)))
+    header = ("forgetting", "beta", "single %", "metastable %", "size", "global %", "forgot all %")
+    more = ("radius median", "95 %", "steps a digit", "dead patterns", "stored by condition")
+    title = "Fixed points of the converged runs, their contraction, and the patterns, all query sets together"
+    return Grid(title, (*header, *more), tuple(lines))
+
+
+def _point_line(points: Sequence[Points], stored: float) -> tuple[str, ...]:
+    kind = np.concatenate([each.kind for each in points])
+    size = np.concatenate([each.size for each in points])[kind == FixedPoint.METASTABLE]
+    radius = np.concatenate([each.radius for each in points])
+    radius = radius[~np.isnan(radius)]
+    share = {code: f"{100 * float((kind == code).mean()):.1f}" for code in FixedPoint}
+    unused = ~np.any([each.used for each in points], axis=0)
+    slow = np.quantile(radius, 0.95) if radius.size else np.nan
+    return (
+        share[FixedPoint.SINGLE],
+        share[FixedPoint.METASTABLE],
+        f"{np.median(size):g}" if size.size else "-",
+        share[FixedPoint.GLOBAL],
+        share[FixedPoint.FORGOTTEN],
+        f"{np.median(radius):.3f}" if radius.size else "-",
+        f"{slow:.3f}" if radius.size else "-",
+        f"{float(steps_per_digit(torch.tensor(slow))):.1f}" if radius.size else "-",
+        str(int(unused.sum())),
+        "-" if np.isnan(stored) else f"{int(stored)} of {unused.size}",
+    )
+
+
+def _stored(comparison: Comparison, beta: float) -> float:
+    """Patterns that the storage condition grants at this beta; NaN where no cell asked."""
+    found = [row["stored"] for row in comparison.rows if row["beta"] == beta and not np.isnan(row["stored"])]
+    return found[0] if found else float("nan")
+
+
 def findings(comparison: Comparison) -> list[str]:
     """What the table says, in sentences made from its numbers."""
     rows, spec = comparison.rows, comparison.spec
@@ -211,12 +259,36 @@ def findings(comparison: Comparison) -> list[str]:
                 f"Basins: {changed} of {compared} queries ended elsewhere than plain float64 iteration; for "
                 f"{asked - compared} that iteration did not converge itself."
             )
+        said += _point_findings(comparison)
     said += _gain(rows, "gain_steps", "one step", lambda row: row["steps"] != 1)
     said += _gain(rows, "gain_forgetting", "no forgetting", lambda row: row["forgetting"] != "none")
     lost = sum(round(row["forgotten"] * row["queries"]) for row in rows)
     said.append(
         f"Total forgetting (no pattern kept, nothing recalled): {lost} of {sum(r['queries'] for r in rows)}."
     )
+    return said
+
+
+def _point_findings(comparison: Comparison) -> list[str]:
+    points = [outcome.points for outcome in comparison.outcomes if outcome.points is not None]
+    radius = np.concatenate([each.radius for each in points])
+    radius = radius[~np.isnan(radius)]
+    said = []
+    if radius.size:
+        slow = float(np.quantile(radius, 0.95))
+        steps = float(steps_per_digit(torch.tensor(slow)))
+        said.append(
+            f"Contraction: spectral radius at the equilibrium median {np.median(radius):.3f}, 95 % {slow:.3f} (there "
+            f"plain iteration needs {steps:.1f} steps a digit); {int((radius >= 1).sum())} of "
+            f"{radius.size} sampled equilibria are unstable."
+        )
+    stored = {beta: _stored(comparison, beta) for beta in comparison.spec.beta}
+    known = [f"{int(count)} at beta {beta:g}" for beta, count in stored.items() if not np.isnan(count)]
+    if known:
+        said.append(
+            f"Stored by the sufficient condition of theory, without forgetting: {', '.join(known)}, of "
+            f"{len(comparison.task.patterns)} patterns."
+        )
     return said
 
 

@@ -43,6 +43,16 @@ COLUMNS = {
     "basin_compared": "number of queries for which plain iteration converged, so that this is known",
     "forgotten": "share of total forgetting: no pattern was kept and nothing was recalled",
     "weight": "mean weight of the strongest pattern: near 1 sharp, far below metastable",
+    "single": "share of converged queries at a single pattern: one weight holds 90 % of all weight",
+    "metastable": "share at a metastable state: up to half of the patterns are needed for 90 % of the weight",
+    "metastable_size": "median number of patterns needed there",
+    "global": "share at a global average: more than half of the patterns are needed",
+    "radius_median": "median spectral radius of df/dz at the equilibrium, of a sample of the queries (setting "
+    "'spectrum'): what plain iteration multiplies a small error by; below 1 stable",
+    "radius_p95": "its 95th percentile",
+    "dead": "number of stored patterns that no query of the cell gives a weight, be it forgotten or rounded to 0",
+    "stored": "number of patterns that certainly have a fixed point of their own, by the sufficient condition of "
+    "Ramsauer et al. 2021, lemmas A5 to A7 (softmax without forgetting)",
     "ms_per_query": "time in ms: of the whole batch, divided by its queries",
 }
 WITH_INTERVAL = ("recall", "error", "gain_forgetting", "gain_steps", "agreement", "basin_changes")
