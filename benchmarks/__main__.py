@@ -1,4 +1,4 @@
-"""`python -m benchmarks [forward] [basins] [gradients] [overhead]`: measure, print, write benchmarks/results/."""
+"""`python -m benchmarks [forward] [basins] [gradients] [overhead] [theory]`: measure, print, write results/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import basins, forward, gradients
+from benchmarks import basins, forward, gradients, published, separations, theory, warm
 
 PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "overhead": forward.overhead,
@@ -21,30 +21,40 @@ PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "precision": gradients.precision,
     "basins": basins.run,
     "forward": forward.run,
+    "separations": separations.run,
+    "theory": theory.run,
+    "adjoints": gradients.adjoint_solvers,
 }
+# Studies that take minutes, run where they are named.
+STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {"warm": warm.run}
 RESULTS = Path(__file__).parent / "results"
 
 
 def _show(console: Console, title: str, rows: list[dict[str, object]]) -> None:
     table = Table(title=title)
-    for column in rows[0]:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
 
 
 def main() -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, *STUDIES, "published", []], default=[])
+    parser.add_argument(
+        "--mnist", type=Path, help="folder with the IDX files of MNIST, for the part published"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=150)
     RESULTS.mkdir(exist_ok=True)
     for part in arguments.parts or PARTS:
-        rows = PARTS[part]()
+        rows = published.run(arguments.mnist) if part == "published" else (PARTS | STUDIES)[part]()
         _show(console, part, rows)
         record = {
             "date": date.today().isoformat(),

@@ -6,31 +6,36 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hopdeq_lwpf import diagnostics as diagnostics
     from hopdeq_lwpf import forgetting as forgetting
     from hopdeq_lwpf import models as models
     from hopdeq_lwpf import solvers as solvers
     from hopdeq_lwpf._types import ConvergenceError as ConvergenceError
     from hopdeq_lwpf._types import Result as Result
     from hopdeq_lwpf._types import Solution as Solution
+    from hopdeq_lwpf.memory import Memory as Memory
     from hopdeq_lwpf.recall import retrieve as retrieve
     from hopdeq_lwpf.settings import find as find
     from hopdeq_lwpf.solvers import Equilibrium as Equilibrium
     from hopdeq_lwpf.solvers import Termination as Termination
     from hopdeq_lwpf.solvers import fixed_point as fixed_point
+    from hopdeq_lwpf.storage import load_solution as load_solution
 
 # Where each public name lives. They are looked up when first used: the command line needs the version at
 # once and torch only when there is work to do.
 _HOME = {
     "ConvergenceError": "_types",
     "Equilibrium": "solvers",
+    "Memory": "memory",
     "Result": "_types",
     "Solution": "_types",
     "Termination": "solvers",
     "find": "settings",
     "fixed_point": "solvers",
+    "load_solution": "storage",
     "retrieve": "recall",
 }
-_MODULES = ("forgetting", "models", "solvers")
+_MODULES = ("diagnostics", "forgetting", "models", "solvers")
 
 __all__ = [*_HOME, *_MODULES, "__version__"]  # noqa: PLE0604
 

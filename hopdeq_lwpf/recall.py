@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hopdeq_lwpf._layout import group
 from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind, wide
 from hopdeq_lwpf.forgetting import Forgetting
-from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine, group
+from hopdeq_lwpf.normalization import Normalization
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver
@@ -46,6 +48,8 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     steps: int | None = None,
     inject: str = "start",
     inject_weight: float | Tensor = 1.0,
+    similarity: str | None = None,
+    normalize: None | str | Normalization = None,
     solver: str | Solver = "auto",
     stop: Termination = Termination(),  # noqa: B008 (frozen)
     adjoint: str | Adjoint = "implicit",
@@ -55,21 +59,30 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
 
     query (*batch, d); patterns (N, d), or sets as in `Retrieval.prepare`; values: what is read out instead of
     the patterns, (N, dv) or with the patterns' leading dimensions. mask: bool, True = ignore.
-    beta, forgetting, separation, inject, inject_weight: see `Retrieval`.
+    beta, forgetting, separation, inject, inject_weight, similarity, normalize: see `Retrieval`.
     steps: how many times the separation function is applied: k - 1 state updates with the patterns and one
         read-out with the values, so that 1 is attention; None reads out at the equilibrium.
     solver, stop, adjoint, trace: see `fixed_point`.
 
     Returns a Recall whose `value` is the read-out (*batch, dv) without the injected query, with gradient, and
-    whose `state` is the equilibrium, or the k-th iterate. A query that requires grad is refused when
+    whose `state` is the equilibrium, or the k-th iterate. The read-out is weights @ values, 0 where everything
+    was forgotten (where the state with euclidean scores stays what it was); with `normalize` the read-out of
+    the patterns is normalised as states are, that of values is not, and steps=1 is attention with a
+    normalised query. A query that requires grad is refused when
     inject="start" and steps=None, since its gradient would be lost (see `fixed_point`).
     """
     check_steps(steps)
     f = Retrieval(
-        beta, separation=separation, forgetting=forgetting, inject=inject, inject_weight=inject_weight
+        beta,
+        separation=separation,
+        forgetting=forgetting,
+        inject=inject,
+        inject_weight=inject_weight,
+        similarity=similarity,
+        normalize=normalize,
     )
     x = f.prepare(query, patterns, mask)
-    read = x.patterns if values is None else _lay_values(values, query, patterns)
+    read = None if values is None else _lay_values(values, query, patterns)
     if steps is None:
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
         z0 = f.init(x).detach() if inject == "input" else f.init(x)
@@ -88,8 +101,7 @@ def _k_steps(
     """The solution after k applications, and the weights of the last one, which also read out."""
     z = f.init(x)
     before = z if steps == 1 else fixed_point(f, x, z, steps=steps - 1, stop=stop).value
-    weights = f.weights(before, x)
-    after = f.update(weights, x).reshape(z.shape)
+    after, weights = f.step(before, x)
     result, residual = judge_step(wide(before), wide(after), stop)
     count = torch.full_like(result, steps)
     history = None
@@ -99,9 +111,15 @@ def _k_steps(
     return Solution(after, after, result, residual, count, count.clone(), history), weights
 
 
-def _recall(f: Retrieval, x: RetrievalContext, solution: Solution, weights: Tensor, read: Tensor) -> Recall:
-    batch = weights.shape[:-1]
-    value = combine(weights.reshape(-1, weights.shape[-1]), read).reshape(*batch, read.shape[-1])
+def _recall(
+    f: Retrieval, x: RetrievalContext, solution: Solution, weights: Tensor, values: Tensor | None
+) -> Recall:
+    """The read-out of the values, or of the patterns, at these weights (*batch, N), and what it says."""
+    read = x.patterns if values is None else values
+    value = combine(weights.reshape(-1, weights.shape[-1]), read)
+    value = value.reshape(*weights.shape[:-1], read.shape[-1])
+    if values is None and f.normalization is not None:
+        value = f.normalization.apply(value)
     with torch.no_grad():
         weight, index = weights.max(-1)
         empty = ~(weight > 0)  # a NaN query points to no pattern either

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._types import Matvec, check_float_tensor, check_same_kind, identity, unknown, wide
+from hopdeq_lwpf._layout import (
+    attach,
+    check_input,
+    check_number,
+    check_positive,
+    group,
+    lay,
+    lay_mask,
+    lowest,
+)
+from hopdeq_lwpf._types import Matvec, identity, unknown, wide
 from hopdeq_lwpf.forgetting import Forgetting, make_forgetting
+from hopdeq_lwpf.normalization import Normalization, make_normalization
 from hopdeq_lwpf.separation import Separation, make_separation
 
 INJECT = ("start", "input")
+SIMILARITIES = ("dot", "euclidean")
 # Share of the weights below which the patterns at the threshold cannot put a kink into f that a solver feels.
 NEGLIGIBLE = 1e-3
 
@@ -26,33 +38,51 @@ class RetrievalContext(NamedTuple):
     threshold: Tensor | None  # of the forgetting unit: (B, 1) or a scalar
     injected: Tensor | None  # (B, d): inject_weight * query
     start: Tensor  # (*batch, d): the state that the query makes
+    pull: Tensor | float | None = None  # inject_weight as beta is laid out, where f divides by it
+    half_squares: Tensor | None = None  # (N,) or (G, N): |xi|^2 / 2; None where scores need none, or make it
 
 
 class Retrieval(nn.Module):
-    """f(z, X) = X^T (D' * p(D(beta X z))) [+ a q]: one step of associative recall with partial forgetting.
+    """f(z, X) = X^T (D' * p(D(s))) [+ a q]: one step of associative recall with partial forgetting.
 
-    p is the separation function, D the forgetting projection and D' its indicator (Ota et al. 2023,
-    eq. 24-31; without forgetting Ramsauer et al. 2021, eq. 3). Where `has_energy`,
+    p is the separation function, s the scores, D the forgetting projection and D' its indicator (Ota et al.
+    2023, eq. 24-31; without forgetting Ramsauer et al. 2021, eq. 3). L is the memory Lagrangian with gradient
+    p and w = D' * p(D(s)). Where `has_energy`, plain iteration never raises E.
 
-        E(z) = |z|^2 / 2 - L(D(beta X z)) / beta [- a q.z],        f(z) - z = -dE/dz,
+    similarity "dot": s = beta X z and
 
-    L being the memory Lagrangian with gradient p, and plain iteration never raises E.
+        E(z) = |z|^2 / 2 - L(D(s)) / beta [- a q.z],        f(z) - z = -dE/dz.
+
+    similarity "euclidean": s = -(beta/2) |z - xi|^2 for each pattern xi, and f is a mean shift:
+
+        f(z) = (X^T w [+ a q]) / (sum w [+ a]),        E(z) = -L(D(s)) / beta [+ (a/2) |z - q|^2],
+
+    f(z) - z = -dE/dz / (sum w [+ a]) (Hoover et al. 2025 for LSR). Where that sum is 0, nothing being active
+    or all forgotten, so is the gradient, and f(z) = q: a query that reaches nothing stays. No score is above
+    0, hence the ReLU unit forgets everything; give PFU a threshold below 0 or its median, or take TopK.
+
+    normalize (with "dot"): the state lives after a normalisation g = dL_v/da, f(z) = g(X^T w [+ a q]), it
+    starts at g(query), and E has the conjugate L_v*(z) for |z|^2/2 (Krotov & Hopfield 2021).
 
     beta: inverse temperature, > 0: a number, or a tensor that broadcasts against the batch shape of the
         query, (H,) for heads in the last batch dimension, (H, 1) for (B, H, L, d). A Parameter is learned.
-    separation: a name ("softmax", "sparsemax", "softmax1", "hardmax") or an object of `separation`.
+    separation: a name ("softmax", "sparsemax", ...) or an object of `separation`; a module is learned.
     forgetting: None, a name ("relu", "pfu") or a unit of `forgetting`.
     mask_in_loop: False applies D' only at the read-out, as the published patch of hflayers does; there is
         then no energy and no metric.
     inject: "start", z0 = query; "input", the query is added in every step too.
-    inject_weight: the a above, a number or a tensor as beta may be.
+    inject_weight: the a above, a number or a tensor as beta may be; >= 0 with euclidean scores.
+    similarity: "dot", "euclidean", or None: what the separation is made for, the dot product for most.
+    normalize: None, "sphere" (g = a/|a|), "layernorm", or an object of `normalization`.
+
+    Raises ValueError or TypeError for settings that are not known or do not go together.
     """
 
     state_ndim = 1
     beta: float | Tensor
     inject_weight: float | Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (one model, many dials)
         self,
         beta: float | Tensor = 1.0,
         *,
@@ -61,115 +91,221 @@ class Retrieval(nn.Module):
         mask_in_loop: bool = True,
         inject: str = "start",
         inject_weight: float | Tensor = 1.0,
+        similarity: str | None = None,
+        normalize: None | str | Normalization = None,
     ) -> None:
         super().__init__()
         if inject not in INJECT:
             raise unknown("inject", inject, INJECT)
-        _check_positive("beta", beta)
-        _check_number("inject_weight", inject_weight)
+        check_positive("beta", beta)
+        check_number("inject_weight", inject_weight)
         self.separation = make_separation(separation)
         self.forgetting = make_forgetting(forgetting)
+        self.normalization = make_normalization(normalize)
         self.mask_in_loop = mask_in_loop
         self.inject = inject
-        _attach(self, "beta", beta)
-        _attach(self, "inject_weight", inject_weight)
+        self.similarity = _asked(self.separation) if similarity is None else similarity
+        attach(self, "beta", beta)
+        attach(self, "inject_weight", inject_weight)
+        self._check_similarity()
+
+    def _check_similarity(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise unknown("similarity", self.similarity, SIMILARITIES)
+        if not self._euclidean:
+            return
+        if self.normalization is not None:
+            raise ValueError(
+                f"normalize={self.normalization!r} needs similarity='dot', got 'euclidean' (from the separation "
+                f"{self.separation!r} if it was not given): a mean shift does not stay normalised. For patterns "
+                "of one length both similarities rank alike; pass similarity='dot' or normalize=None"
+            )
+        if lowest(self.inject_weight) < 0:
+            raise ValueError(
+                f"inject_weight must be >= 0 with euclidean scores, got {self.inject_weight!r}: the energy has "
+                "no minimum otherwise"
+            )
+
+    @property
+    def _euclidean(self) -> bool:
+        return self.similarity == "euclidean"
+
+    @property
+    def _compact(self) -> bool:
+        """Whether the separation is one of bounded reach (LSR): L is not convex, and f jumps."""
+        return _asked(self.separation) == "euclidean"
 
     @property
     def has_energy(self) -> bool:
-        """Whether plain iteration is guaranteed to lower `energy`."""
-        return bool(self.mask_in_loop and self.forgetting.has_energy and self.separation.has_energy)
+        """Whether plain iteration is guaranteed to lower `energy`.
+
+        For LSR, of which only exp L is convex, that holds with its own similarity and inject="start".
+        """
+        fits = not self._compact or (self._euclidean and self.inject == "start")
+        return bool(self.mask_in_loop and self.forgetting.has_energy and self.separation.has_energy and fits)
 
     def prepare(self, query: Tensor, patterns: Tensor, mask: Tensor | None = None) -> RetrievalContext:
-        """Check the input, lay it out and draw the forgetting threshold from the scores at z0 = query.
+        """Check the input, lay it out and draw the forgetting threshold from the scores at z0.
 
         query (*batch, d). patterns: (N, d) shared; with as many dimensions as the query, one set for the
         queries of its second last dimension, (B, N, d) for (B, L, d); with one more, one set a query.
         mask: bool, True = ignore: one entry a pattern (patterns' shape without d), or the scores' (*batch, N).
         """
-        batch = _check(query, patterns, mask)
-        if mask is not None and (mask.ndim > 1 or patterns.ndim > 2):
-            mask = mask if mask.ndim == len(batch) + 1 else mask.unsqueeze(-2)
-            mask = mask.expand(*batch, -1).reshape(-1, patterns.shape[-2])
+        batch = check_input(query, patterns, mask)
+        if mask is not None:
+            mask = lay_mask(mask, batch, patterns)
         if patterns.ndim > 2:
             patterns = group(batch, patterns)
-        injected = None
+        injected = pull = None
         if self.inject == "input":
-            injected = query.reshape(-1, query.shape[-1]) * _lay("inject_weight", self.inject_weight, query)
-        context = RetrievalContext(patterns, _lay("beta", self.beta, query), mask, None, injected, query)
+            pull = lay("inject_weight", self.inject_weight, query)
+            injected = query.reshape(-1, query.shape[-1]) * pull
+        start = query if self.normalization is None else self.normalization.apply(query)
+        beta = lay("beta", self.beta, query)
+        context = RetrievalContext(patterns, beta, mask, None, injected, start)
+        if self._euclidean:
+            # Patterns that are learned get theirs in every step: a graph made here could be used only once.
+            squares = None if patterns.requires_grad else _half_squares(patterns)
+            context = context._replace(pull=pull, half_squares=squares)
         if type(self.forgetting).draw is Forgetting.draw:
             return context
-        return context._replace(threshold=self.forgetting.draw(self._scores(query, context), mask))
+        return context._replace(threshold=self.forgetting.draw(self._scores(start, context), mask))
 
     def init(self, x: RetrievalContext) -> Tensor:
-        """z0: the query."""
+        """z0: the query, normalised where states are."""
         return x.start
 
     def forward(self, z: Tensor, x: RetrievalContext) -> Tensor:
         """One step: (*batch, d) -> (*batch, d)."""
-        value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
-        weights = self.separation.weights(value, x.mask)
-        return self.update(_times(weights, kept) if self.mask_in_loop else weights, x).reshape(z.shape)
+        weights, kept = self._weigh(z, x)
+        return self._image(z, _times(weights, kept) if self.mask_in_loop else weights, x)
+
+    def step(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor]:
+        """f(z, x) and `weights(z, x)`, (*batch, d) and (*batch, N), in one pass."""
+        weights, kept = self._weigh(z, x)
+        held = _times(weights, kept)
+        return self._image(z, held if self.mask_in_loop else weights, x), self._association(z, held)
 
     def evaluate(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f(z, x), E(z, x) and the number of patterns kept, (*batch, d), (*batch), (*batch), in one pass."""
+        """f(z, x), E(z, x) and the piece of f that z lies in, (*batch, d), (*batch), (*batch), in one pass.
+
+        The piece: how many patterns are kept, for LSR which ones are active; None where f is smooth.
+        """
         value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
         weights, lagrangian = self.separation.weights_and_lagrangian(value, x.mask)
-        energy = self._energy(z.reshape(-1, z.shape[-1]), lagrangian, x).reshape(z.shape[:-1])
         held = _times(weights, kept)
-        piece = None if kept is None else _piece(held, kept).reshape(z.shape[:-1])
-        recalled = self.update(held if self.mask_in_loop else weights, x)
-        return recalled.reshape(z.shape), energy, piece
+        piece = None
+        if self._compact:
+            piece = _active(held).reshape(z.shape[:-1])
+        elif kept is not None:
+            piece = _piece(weights, held, kept).reshape(z.shape[:-1])
+        image = self._image(z, held if self.mask_in_loop else weights, x)
+        return image, self._energy(z, lagrangian, x), piece
 
     def energy(self, z: Tensor, x: RetrievalContext) -> Tensor:
-        """E(z): (*batch, d) -> (*batch). Ota et al. 2023, eq. 28, with beta and the injected query."""
+        """E(z): (*batch, d) -> (*batch). Ota et al. 2023, eq. 28, with beta and the injected query.
+
+        With a normalisation inf where no normalised state can be.
+        """
         value, _ = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
-        lagrangian = self.separation.lagrangian(value, x.mask)
-        return self._energy(z.reshape(-1, z.shape[-1]), lagrangian, x).reshape(z.shape[:-1])
+        return self._energy(z, self.separation.lagrangian(value, x.mask), x)
 
     def metric(self, z: Tensor, x: RetrievalContext) -> Matvec | None:
-        """The identity where J = beta X^T diag(D') p' diag(D') X is symmetric, else None."""
-        return identity if self.mask_in_loop and self.forgetting.self_adjoint else None
+        """The identity where the Jacobian J of f is symmetric at an equilibrium, else None.
+
+        Dot: J = beta X^T diag(D') p' diag(D') X everywhere. Euclidean: J = 1 - E''/sum w at an equilibrium.
+        None with a normalisation: J is then the product of two symmetric matrices.
+        """
+        symmetric = self.mask_in_loop and self.forgetting.self_adjoint and self.normalization is None
+        return identity if symmetric else None
 
     def weights(self, z: Tensor, x: RetrievalContext) -> Tensor:
-        """D' * p(D(beta X z)), the association of each query with each pattern: (*batch, d) -> (*batch, N)."""
-        value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
-        weights = _times(self.separation.weights(value, x.mask), kept)
-        return weights.reshape(*z.shape[:-1], weights.shape[-1])
+        """The association of each query with each pattern, with which values are read out.
+
+        (*batch, d) -> (*batch, N): w = D' * p(D(s)); with euclidean scores w / sum w, 0 where that sum is, so
+        that the read-out of the patterns is f(z) without the injected query.
+        """
+        return self._association(z, _times(*self._weigh(z, x)))
 
     def select(self, x: RetrievalContext, live: Tensor) -> tuple[RetrievalContext, Tensor]:
         """The context of the live queries (of every group that has one), and their rows."""
         rows = live.nonzero().squeeze(1)
-        patterns = x.patterns
+        patterns, squares = x.patterns, x.half_squares
         if patterns.ndim == 3:
             length = live.shape[0] // patterns.shape[0]
             groups = live.reshape(-1, length).any(1).nonzero().squeeze(1)
             rows = (groups[:, None] * length + torch.arange(length, device=live.device)).reshape(-1)
             patterns = patterns.index_select(0, groups)
-        parts = (x.mask, x.threshold, x.injected)
+            squares = None if squares is None else squares.index_select(0, groups)
         start = x.start.reshape(-1, x.start.shape[-1]).index_select(0, rows)
-        beta = _rows(x.beta, rows) if isinstance(x.beta, Tensor) else x.beta
-        mask, threshold, injected = (None if part is None else _rows(part, rows) for part in parts)
-        return RetrievalContext(patterns, beta, mask, threshold, injected, start), rows
+        beta, pull = _rows(x.beta, rows), _rows(x.pull, rows)
+        mask, threshold, injected = (_rows(part, rows) for part in (x.mask, x.threshold, x.injected))
+        return RetrievalContext(patterns, beta, mask, threshold, injected, start, pull, squares), rows
 
     def _scores(self, z: Tensor, x: RetrievalContext) -> Tensor:
-        """beta X z: (*batch, d) -> (B, N)."""
-        scaled = z.reshape(-1, z.shape[-1]) * x.beta
-        if x.patterns.ndim == 2:
-            return scaled @ x.patterns.T
-        groups, count, width = x.patterns.shape
-        return (scaled.reshape(groups, -1, width) @ x.patterns.transpose(1, 2)).reshape(-1, count)
+        """s: (*batch, d) -> (B, N)."""
+        flat = z.reshape(-1, z.shape[-1])
+        if not self._euclidean:
+            return _products(flat * x.beta, x.patterns)
+        # A small difference of large numbers: half precision, also that of autocast, would leave nothing of it.
+        with _without_autocast(flat.device.type):
+            flat, patterns = wide(flat), wide(x.patterns)
+            squares = _half_squares(patterns) if x.half_squares is None else x.half_squares
+            own = 0.5 * flat.square().sum(-1, keepdim=True)
+            # Rounding must not put a score above 0, where only a state on a pattern is.
+            return (_less_products(squares, flat, patterns) + own).clamp_min(0.0) * -x.beta
 
-    def update(self, weights: Tensor, x: RetrievalContext) -> Tensor:
-        """The next state that these weights make: (B, N) -> (B, d), queries in one batch dimension."""
-        weights = weights.reshape(-1, weights.shape[-1])
-        recalled = combine(weights, x.patterns)
-        return recalled if x.injected is None else recalled + x.injected
+    def _weigh(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor | None]:
+        """p(D(s)) and D', (B, N) each."""
+        value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
+        return self.separation.weights(value, x.mask), kept
 
-    def _energy(self, flat: Tensor, lagrangian: Tensor, x: RetrievalContext) -> Tensor:
+    def _image(self, z: Tensor, held: Tensor, x: RetrievalContext) -> Tensor:
+        """f from the weights that act, (B, N) -> the shape of z."""
+        flat = z.reshape(-1, z.shape[-1])
+        image = self._mean_shift(flat, held, x) if self._euclidean else self._sum(held, x)
+        return image.reshape(z.shape)
+
+    def _sum(self, held: Tensor, x: RetrievalContext) -> Tensor:
+        """X^T w [+ a q], normalised where states are."""
+        recalled = combine(held, x.patterns)
+        if x.injected is not None:
+            recalled = recalled + x.injected
+        return recalled if self.normalization is None else self.normalization.apply(recalled)
+
+    def _mean_shift(self, flat: Tensor, held: Tensor, x: RetrievalContext) -> Tensor:
+        """(X^T w [+ a q]) / (sum w [+ a]), the query where that is 0 / 0."""
+        total = held.sum(-1, keepdim=True)
+        if x.pull is not None:
+            total = total + x.pull
+        nothing = total == 0
+        total = total.masked_fill(nothing, 1.0)
+        image = combine((held / total).to(x.patterns.dtype), x.patterns)
+        if x.injected is not None:
+            image = image + x.injected / total
+        # Not the state: every point where nothing is active would be an equilibrium, at which an accelerated
+        # solver that oversteps gets stuck, with a singular adjoint system.
+        return torch.where(nothing, x.start.reshape(flat.shape), image.to(flat.dtype))
+
+    def _association(self, z: Tensor, held: Tensor) -> Tensor:
+        if self._euclidean:
+            total = held.sum(-1, keepdim=True)
+            held = (held / total.masked_fill(total == 0, 1.0)).to(z.dtype)
+        return held.reshape(*z.shape[:-1], held.shape[-1])
+
+    def _energy(self, z: Tensor, lagrangian: Tensor, x: RetrievalContext) -> Tensor:
         beta = x.beta.reshape(-1) if isinstance(x.beta, Tensor) and x.beta.ndim else x.beta
-        flat = wide(flat)
-        energy = 0.5 * flat.square().sum(-1) - lagrangian / beta
-        return energy if x.injected is None else energy - (x.injected * flat).sum(-1)
+        flat = z.reshape(-1, z.shape[-1])
+        wider, energy = wide(flat), -lagrangian / beta
+        if self._euclidean:
+            if x.pull is not None:
+                pull = x.pull.reshape(-1) if isinstance(x.pull, Tensor) and x.pull.ndim else x.pull
+                energy = energy + 0.5 * pull * (wider - x.start.reshape(flat.shape)).square().sum(-1)
+        else:
+            norm = self.normalization
+            energy = energy + (0.5 * wider.square().sum(-1) if norm is None else norm.conjugate(flat))
+            energy = energy if x.injected is None else energy - (x.injected * wider).sum(-1)
+        return energy.reshape(z.shape[:-1])
 
 
 def combine(weights: Tensor, values: Tensor) -> Tensor:
@@ -180,128 +316,56 @@ def combine(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.reshape(groups, -1, count) @ values).reshape(-1, width)
 
 
-def _piece(held: Tensor, kept: Tensor) -> Tensor:
+def _products(flat: Tensor, patterns: Tensor) -> Tensor:
+    """(B, d) with (N, d) or (G, N, d) -> (B, N)."""
+    if patterns.ndim == 2:
+        return flat @ patterns.T
+    groups, count, width = patterns.shape
+    return (flat.reshape(groups, -1, width) @ patterns.transpose(1, 2)).reshape(-1, count)
+
+
+def _less_products(constants: Tensor, flat: Tensor, patterns: Tensor) -> Tensor:
+    """(N,) or (G, N) minus the products of (B, d) with (N, d) or (G, N, d) -> (B, N)."""
+    if patterns.ndim == 2:
+        return torch.addmm(constants, flat, patterns.T, alpha=-1)
+    groups, count, width = patterns.shape
+    rows = flat.reshape(groups, -1, width)
+    return torch.baddbmm(constants[:, None], rows, patterns.transpose(1, 2), alpha=-1).reshape(-1, count)
+
+
+def _half_squares(patterns: Tensor) -> Tensor:
+    """|xi|^2 / 2 of each pattern, in float32 or wider."""
+    return 0.5 * wide(patterns).square().sum(-1)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    active = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if active else nullcontext()
+
+
+def _asked(separation: Separation) -> str:
+    """The similarity that a separation is made for."""
+    asked: str = getattr(separation, "similarity", "dot")
+    return asked
+
+
+def _active(held: Tensor) -> Tensor:
+    """A number for the set of patterns of weight > 0: (B, N) -> (B,)."""
+    # The sum of one fixed number a pattern, without simple relations, so that different sets differ.
+    places = torch.arange(1, held.shape[-1] + 1, dtype=torch.float64, device=held.device)
+    codes = (1e4 * places.sin()).frac().abs().to(held.dtype)
+    return (held > 0).to(held.dtype) @ codes
+
+
+def _piece(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
     """How many patterns are kept, -1 where the forgotten ones carry no weight that matters: (B,)."""
-    return torch.where(held.sum(-1) > 1 - NEGLIGIBLE, -1.0, kept.sum(-1))
+    return torch.where(held.sum(-1) > (1 - NEGLIGIBLE) * weights.sum(-1), -1.0, kept.sum(-1))
 
 
 def _times(weights: Tensor, kept: Tensor | None) -> Tensor:
     return weights if kept is None else weights * kept
 
 
-def _rows(part: Tensor, rows: Tensor) -> Tensor:
-    """The rows of what belongs to one query; scalars and masks (N,) are shared by all."""
-    return part if part.ndim < 2 else part.index_select(0, rows)
-
-
-def _attach(module: nn.Module, name: str, value: float | Tensor) -> None:
-    """A Parameter is learned, a tensor moves with the module, a number stays a number."""
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
-    elif isinstance(value, Tensor):
-        module.register_buffer(name, value)
-    else:
-        setattr(module, name, float(value))
-
-
-def _check_positive(name: str, value: float | Tensor) -> None:
-    _check_number(name, value)
-    if isinstance(value, Tensor) and value.is_meta:
-        return
-    low = float(value.detach().min()) if isinstance(value, Tensor) else value
-    if not low > 0:
-        raise ValueError(f"{name} must be > 0, got {value!r}")
-
-
-def _check_number(name: str, value: float | Tensor) -> None:
-    """Raise unless it is a finite number or a tensor of them."""
-    if isinstance(value, Tensor):
-        check_float_tensor(name, value)
-        if not value.numel() or not (value.is_meta or bool(value.isfinite().all())):
-            raise ValueError(f"{name} must hold finite numbers, got {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
-    elif not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-
-
-def _lay(name: str, value: float | Tensor, query: Tensor) -> float | Tensor:
-    """A number, a scalar tensor, or one row a query (B, 1)."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.device != query.device:
-        raise ValueError(f"{name} is on {value.device} but query is on {query.device}; move one with .to()")
-    value = value.to(query.dtype)
-    if value.numel() == 1:
-        return value.reshape(())
-    try:
-        return value.expand(query.shape[:-1]).reshape(-1, 1)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} of shape {tuple(value.shape)} does not broadcast against the query's batch shape "
-            f"{tuple(query.shape[:-1])}; for heads use (H,) with queries (B, H, d) and (H, 1) with (B, H, L, d)"
-        ) from None
-
-
-def _check(query: Tensor, patterns: Tensor, mask: Tensor | None) -> torch.Size:
-    """The batch shape of a query that fits the patterns and the mask; otherwise an error that says why."""
-    check_float_tensor("query", query)
-    check_float_tensor("patterns", patterns)
-    check_same_kind("patterns", patterns, "query", query)
-    if query.ndim < 1 or patterns.ndim < 2:
-        raise ValueError(
-            f"query must be (*batch, d) and patterns (N, d) or (*batch, N, d), got {tuple(query.shape)} "
-            f"and {tuple(patterns.shape)}"
-        )
-    if query.shape[-1] != patterns.shape[-1]:
-        raise ValueError(
-            f"query has width {query.shape[-1]} but patterns have width {patterns.shape[-1]}; "
-            f"got shapes {tuple(query.shape)} and {tuple(patterns.shape)}"
-        )
-    if query.shape[-1] == 0:
-        raise ValueError(f"query of shape {tuple(query.shape)} has width 0; patterns need at least one entry")
-    if patterns.shape[-2] == 0:
-        raise ValueError(f"patterns of shape {tuple(patterns.shape)} hold no pattern; at least one is needed")
-    batch = query.shape[:-1]
-    given = patterns.shape[:-2]
-    if given:
-        target = batch if patterns.ndim == query.ndim + 1 else batch[:-1]
-        if len(given) > len(target) or not _broadcasts(given, target):
-            raise ValueError(
-                f"patterns {tuple(patterns.shape)} do not fit queries {tuple(query.shape)}: give (N, d), one set "
-                f"for the queries of the second last dimension {tuple(batch[:-1])} + (N, d), or one set a query "
-                f"{tuple(batch)} + (N, d)"
-            )
-    if mask is not None:
-        _check_mask(mask, patterns, batch)
-    return batch
-
-
-def _check_mask(mask: Tensor, patterns: Tensor, batch: torch.Size) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (True = ignore the pattern), got {kind}")
-    if mask.device != patterns.device:
-        raise ValueError(
-            f"mask is on {mask.device} but patterns are on {patterns.device}; move one with .to()"
-        )
-    scores = (*batch, patterns.shape[-2])
-    fits_patterns = mask.ndim == patterns.ndim - 1 and _broadcasts(mask.shape, patterns.shape[:-1])
-    fits_scores = mask.ndim == len(scores) and _broadcasts(mask.shape, torch.Size(scores))
-    if not (fits_patterns or fits_scores) or mask.shape[-1] != patterns.shape[-2]:
-        raise ValueError(
-            f"mask has shape {tuple(mask.shape)}; it must be {tuple(patterns.shape[:-1])} (one entry a pattern) "
-            f"or {scores} (one entry a query and pattern)"
-        )
-
-
-def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
-    tail = target[len(target) - len(shape) :] if shape else ()
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
-
-
-def group(batch: torch.Size, patterns: Tensor) -> Tensor:
-    """Sets of patterns (or values) as (G, N, d), for queries of this batch shape seen as (G, L, d)."""
-    rows = patterns.shape[-2:]
-    target = batch if patterns.ndim == len(batch) + 2 else batch[:-1]
-    return patterns.expand(*target, *rows).reshape(-1, *rows)
+def _rows(part: Tensor | float | None, rows: Tensor) -> Any:
+    """The rows of what belongs to one query; numbers, scalars and masks (N,) are shared by all."""
+    return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part

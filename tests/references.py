@@ -141,10 +141,48 @@ def hardmax_row(row: Row) -> tuple[Row, float]:
     return [float(i == first) for i in range(len(row))], row[first]
 
 
+def entmax_row(row: Row, alpha: float = 1.5) -> tuple[Row, float]:
+    """p = max((alpha - 1) s - tau, 0)^(1/(alpha - 1)), tau by bisection; p.s - (sum p^alpha - 1)/(alpha (alpha-1)).
+
+    For alpha > 1 that is not near 1.
+    """
+    gamma, top = alpha - 1.0, max(row)
+
+    def weights(tau: float) -> Row:
+        return [max(gamma * (s - top) - tau, 0.0) ** (1.0 / gamma) for s in row]
+
+    low, high = -1.0, 0.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if math.fsum(weights(middle)) > 1.0:
+            low = middle
+        else:
+            high = middle
+    p = weights(high)
+    gain = math.fsum(a * s for a, s in zip(p, row, strict=True))
+    return p, gain - (math.fsum(a**alpha for a in p) - 1.0) / (alpha * gamma)
+
+
+def polynomial_row(row: Row, degree: float = 2) -> tuple[Row, float]:
+    """max(s, 0)^(n-1), the sum of max(s, 0)^n / n."""
+    p = [max(s, 0.0) ** (degree - 1) for s in row]
+    return p, math.fsum(max(s, 0.0) ** degree for s in row) / degree
+
+
+def lsr_row(row: Row, eps: float = 0.0) -> tuple[Row, float]:
+    """Equal weights 1 / (eps + sum max(1 + s, 0)) for every s > -1; the logarithm of that sum."""
+    total = eps + math.fsum(max(1.0 + s, 0.0) for s in row)
+    return [1.0 / total if s > -1.0 else 0.0 for s in row], math.log(total) if total else -math.inf
+
+
 SEPARATION_ROWS: dict[str, Callable[[Row], tuple[Row, float]]] = {
     "softmax": softmax_row,
     "softmax1": softmax1_row,
     "sparsemax": sparsemax_row,
+    "entmax15": entmax_row,
+    "entmax": entmax_row,
+    "polynomial": polynomial_row,
+    "lsr": lsr_row,
     "hardmax": hardmax_row,
 }
 

@@ -33,12 +33,38 @@ def read_array(
 
     .npy: the array (object arrays are refused: reading them would run code). .npz: the only array in it, or
     the one that has one of `names`. .csv: comma-separated numbers, one row a line; a first line without any
-    number is taken as a header. `width`: how many columns are needed, None for any. `finite`: whether NaN and
-    inf are refused. dtype: float32 by default, which is what retrieval runs in.
+    number is taken as a header. A folder: its images, grey, one a row, in [0, 1] (`read_images`). An IDX file,
+    packed or not: one item a row, bytes scaled from 0 ... 255 to [0, 1] (`read_idx`); any .gz is taken for one.
+    `width`: how many columns are needed, None for any. `finite`: whether NaN and inf are refused. dtype:
+    float32 by default, which is what retrieval runs in.
     Raises DataError, with one line, for a file that is missing, empty, cut off, not numeric, not a matrix, or
     of another width.
     """
-    array = _load(Path(path), names)
+    tensor = _read_pictures(Path(path), dtype)
+    if tensor is None:
+        tensor = _read_matrix(Path(path), names, dtype)
+    if width is not None and tensor.shape[1] != width:
+        raise DataError(f"{path}: has rows of {tensor.shape[1]} numbers, but the patterns have {width}")
+    if finite and not bool(tensor.isfinite().all()):
+        row = int((~tensor.isfinite().all(-1)).nonzero()[0])
+        raise DataError(f"{path}: row {row} (counted from 0) holds NaN or a value too large for {dtype}")
+    return tensor
+
+
+def _read_pictures(path: Path, dtype: torch.dtype) -> Tensor | None:
+    """A folder of images or an IDX file as rows; None for other kinds of files."""
+    from hopdeq_lwpf.data.idx import is_idx_name, read_idx_rows
+    from hopdeq_lwpf.data.images import read_images
+
+    if path.suffix in SUFFIXES:
+        return None
+    if path.is_dir():
+        return read_images(path)[0].flatten(1).to(dtype)
+    return read_idx_rows(path, dtype) if is_idx_name(path) else None
+
+
+def _read_matrix(path: Path, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+    array = _load(path, names)
     if array.ndim != 2:
         raise DataError(
             f"{path}: needs a matrix with one item a row, got shape {array.shape}"
@@ -46,18 +72,16 @@ def read_array(
         )
     if 0 in array.shape:
         raise DataError(f"{path}: is empty (shape {array.shape})")
-    if width is not None and array.shape[1] != width:
-        raise DataError(f"{path}: has rows of {array.shape[1]} numbers, but the patterns have {width}")
-    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).to(dtype)
-    if finite and not bool(tensor.isfinite().all()):
-        row = int((~tensor.isfinite().all(-1)).nonzero()[0])
-        raise DataError(f"{path}: row {row} (counted from 0) holds NaN or a value too large for {dtype}")
-    return tensor
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).to(dtype)
 
 
 def read_indices(path: str | os.PathLike[str], *, count: int, limit: int) -> Tensor:
     """(count,) int64 indices in [0, limit) from a file of one number an item; DataError otherwise."""
-    array = _load(Path(path), ("targets", "index"))
+    from hopdeq_lwpf.data.idx import is_idx_name, read_idx
+
+    target = Path(path)
+    packed = target.suffix not in SUFFIXES and is_idx_name(target)
+    array = read_idx(target).numpy() if packed else _load(target, ("targets", "index"))
     if array.size != count or array.ndim > 2 or (array.ndim == 2 and 1 not in array.shape):
         raise DataError(f"{path}: needs one index for each of the {count} queries, got shape {array.shape}")
     flat = array.reshape(-1).astype(np.float64)
@@ -72,7 +96,10 @@ def read_indices(path: str | os.PathLike[str], *, count: int, limit: int) -> Ten
 
 def _load(path: Path, names: Sequence[str]) -> np.ndarray:
     if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"{path}: the name must end in one of {', '.join(SUFFIXES)}, or be that of an IDX file or of a folder "
+            "of images"
+        )
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: is empty")

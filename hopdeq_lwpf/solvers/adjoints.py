@@ -96,16 +96,26 @@ class Implicit:
         if name != "cg":
             return _iterate(system, Picard() if name == "picard" else Anderson(), rtol, self.max_steps), name
         outcome = conjugate_gradient(system, rtol, self.max_steps)
-        saddles = outcome.result == int(Result.DIVERGED)
-        if self.solver == "cg" or not bool(saddles.any()):
+        if self.solver == "cg":
             return outcome, name
-        second = minres(system, rtol, self.max_steps)
-        return LinearOutcome(
-            pick(saddles, second.u, outcome.u),
-            torch.where(saddles, second.result, outcome.result),
-            torch.where(saddles, second.residual, outcome.residual),
-            outcome.steps + torch.where(saddles, second.steps, 0),
-        ), "cg+minres"
+        return self._rescue(system, rtol, outcome)
+
+    def _rescue(self, system: System, rtol: float, outcome: LinearOutcome) -> tuple[LinearOutcome, str]:
+        """Rows where CG met negative curvature by MINRES; by GMRES where rounding of f spoils the symmetry."""
+        name, lost = "cg", outcome.result == int(Result.DIVERGED)
+        for rescue, solve in (("minres", minres), ("gmres", gmres)):
+            if not bool(lost.any()):
+                break
+            second = solve(system, rtol, self.max_steps)
+            name = f"{name}+{rescue}"
+            outcome = LinearOutcome(
+                pick(lost, second.u, outcome.u),
+                torch.where(lost, second.result, outcome.result),
+                torch.where(lost, second.residual, outcome.residual),
+                outcome.steps + torch.where(lost, second.steps, 0),
+            )
+            lost = lost & (outcome.residual > max(rtol, FLOOR * system.eps))
+        return outcome, name
 
 
 @dataclass(frozen=True)
