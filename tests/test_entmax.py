@@ -241,6 +241,8 @@ def test_an_alpha_that_learning_took_below_one_is_refused():
         module.weights(torch.randn(3, dtype=F64))
 
 
+# torch.compile itself makes an instance of every Function that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15", "learned"])
 def test_compiled_in_one_graph_with_the_same_gradients(name):
