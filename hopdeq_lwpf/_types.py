@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -143,6 +143,23 @@ def unknown(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"{kind} {name!r} is not one of {names}.{hint}")
+
+
+def resolve(argument: str, spec: object, named: Mapping[str, Any], kind: type, *, none: bool = False) -> Any:
+    """`spec` if it is a `kind`, what `named` has under it if it is a name; otherwise an error that helps.
+
+    Raises ValueError for a name that is not known, TypeError for anything else; `none` says that None, which
+    the caller sees to, would have been allowed too.
+    """
+    if isinstance(spec, kind):
+        return spec
+    if isinstance(spec, str):
+        if spec not in named:
+            raise unknown(argument, spec, named)
+        return named[spec]
+    hint = f"; did you mean {spec.__name__}(...)?" if isinstance(spec, type) else ""
+    also = "None, " if none else ""
+    raise TypeError(f"{argument} must be {also}a name or a {kind.__name__} object, got {spec!r}{hint}")
 
 
 def check_float_tensor(name: str, value: object) -> Tensor:

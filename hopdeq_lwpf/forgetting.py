@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._types import WIDE, check_float_tensor, unknown
+from hopdeq_lwpf._types import WIDE, check_float_tensor, resolve, unknown
 
 Threshold: TypeAlias = Tensor | float | None
 Mask: TypeAlias = Tensor | None
@@ -308,14 +308,8 @@ def make_forgetting(spec: None | str | Forgetting) -> Forgetting:
     """
     if spec is None:
         return Keep()
-    if isinstance(spec, Forgetting):
-        return spec
-    if not isinstance(spec, str):
-        hint = f"; did you mean {spec.__name__}(...)?" if isinstance(spec, type) else ""
-        raise TypeError(f"forgetting must be None, a name or a Forgetting unit, got {spec!r}{hint}")
-    if spec not in UNITS:
-        raise unknown("forgetting", spec, UNITS)
-    return UNITS[spec]()
+    made = resolve("forgetting", spec, UNITS, Forgetting, none=True)
+    return made() if isinstance(made, type) else made  # a name stands for a class
 
 
 def _lowest(tensor: Tensor) -> float:

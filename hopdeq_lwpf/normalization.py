@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._types import unknown, wide
+from hopdeq_lwpf._types import resolve, wide
 
 # By how many roundings of its dtype a state may lie outside of the domain of the conjugate.
 ROUNDINGS = 8
@@ -108,14 +108,10 @@ def make_normalization(spec: None | str | Normalization) -> Normalization | None
 
     Raises ValueError for a name that is not known, TypeError for anything else.
     """
-    if spec is None or isinstance(spec, Normalization):
-        return spec
-    if not isinstance(spec, str):
-        hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
-        raise TypeError(f"normalize must be None, a name or a Normalization instance, got {spec!r}{hint}")
-    if spec not in NORMALIZATIONS:
-        raise unknown("normalize", spec, NORMALIZATIONS)
-    return NORMALIZATIONS[spec]
+    if spec is None:
+        return None
+    made: Normalization = resolve("normalize", spec, NORMALIZATIONS, Normalization, none=True)
+    return made
 
 
 def _inside(inside: Tensor, value: Tensor) -> Tensor:

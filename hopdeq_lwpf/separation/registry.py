@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hopdeq_lwpf._types import unknown
+from hopdeq_lwpf._types import resolve
 from hopdeq_lwpf.separation.base import Separation
 from hopdeq_lwpf.separation.entmax import Entmax, Entmax15, Sparsemax
 from hopdeq_lwpf.separation.kernels import LSR, Polynomial
@@ -40,11 +40,5 @@ def make_separation(spec: str | Separation) -> Separation:
 
     Raises ValueError for a name that is not known, TypeError for anything else.
     """
-    if isinstance(spec, Separation):
-        return spec
-    if not isinstance(spec, str):
-        hint = f"; did you mean {spec.__name__}()?" if isinstance(spec, type) else ""
-        raise TypeError(f"separation must be a name or a Separation instance, got {spec!r}{hint}")
-    if spec not in SEPARATIONS:
-        raise unknown("separation", spec, SEPARATIONS)
-    return SEPARATIONS[spec]
+    made: Separation = resolve("separation", spec, SEPARATIONS, Separation)
+    return made
