@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._types import check_float_tensor, check_same_kind
+from hopdeq_lwpf._types import check_float_tensor, check_same_kind, plain
 
 
 def attach(module: nn.Module, name: str, value: float | Tensor) -> None:
@@ -24,6 +24,7 @@ def lowest(value: float | Tensor) -> float:
     """The number, or the smallest entry of the tensor; inf on the meta device, where there is none."""
     if not isinstance(value, Tensor):
         return value
+    value = plain(value)
     return math.inf if value.is_meta else float(value.detach().min())
 
 
@@ -37,6 +38,7 @@ def check_number(name: str, value: float | Tensor) -> None:
     """Raise unless it is a finite number or a tensor of them."""
     if isinstance(value, Tensor):
         check_float_tensor(name, value)
+        value = plain(value)
         if not value.numel() or not (value.is_meta or bool(value.isfinite().all())):
             raise ValueError(f"{name} must hold finite numbers, got {value!r}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -118,6 +120,11 @@ def _check_mask(mask: Tensor, patterns: Tensor, batch: torch.Size) -> None:
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     tail = target[len(target) - len(shape) :] if shape else ()
     return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape, tail, strict=True))
+
+
+def without_padding(rows: Tensor, mask: Tensor) -> Tensor:
+    """Patterns or values with 0 where the mask, if it has one entry a pattern, removes one: 0 times NaN is NaN."""
+    return rows.masked_fill(mask.unsqueeze(-1), 0.0) if mask.ndim == rows.ndim - 1 else rows
 
 
 def lay_mask(mask: Tensor, batch: torch.Size, patterns: Tensor) -> Tensor:

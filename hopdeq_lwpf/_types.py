@@ -140,7 +140,8 @@ class Solution:
 def unknown(kind: str, name: object, allowed: Iterable[str]) -> ValueError:
     """The error for a name that is not known: names the nearest one and all that are allowed."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(str(name), names, n=1)
+    lowered = {other.lower(): other for other in names}
+    near = [lowered[match] for match in difflib.get_close_matches(str(name).lower(), list(lowered), n=1)]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"{kind} {name!r} is not one of {names}.{hint}")
 
@@ -202,6 +203,19 @@ def plain(tensor: Tensor) -> Tensor:
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
+
+
+def refuse_nested_forward_mode() -> None:
+    """Raise inside a jvp of a jvp, where torch drops what a custom function's derivative depends on."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return
+    levels = functorch.get_interpreter_stack() or []
+    if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
+        raise TypeError(
+            "forward mode within forward mode gives wrong second derivatives here; use torch.func.hessian, or "
+            "jacrev for one of the two"
+        )
 
 
 def wide(tensor: Tensor) -> Tensor:

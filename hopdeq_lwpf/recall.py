@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._layout import group
+from hopdeq_lwpf._layout import group, without_padding
 from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind, wide
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
@@ -82,7 +82,7 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
         normalize=normalize,
     )
     x = f.prepare(query, patterns, mask)
-    read = None if values is None else _lay_values(values, query, patterns)
+    read = None if values is None else _lay_values(values, query, patterns, mask)
     if steps is None:
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
         z0 = f.init(x).detach() if inject == "input" else f.init(x)
@@ -133,7 +133,7 @@ def _recall(
         )
 
 
-def _lay_values(values: Tensor, query: Tensor, patterns: Tensor) -> Tensor:
+def _lay_values(values: Tensor, query: Tensor, patterns: Tensor, mask: Tensor | None) -> Tensor:
     """Values beside the patterns: (N, dv) or (G, N, dv)."""
     check_float_tensor("values", values)
     check_same_kind("values", values, "patterns", patterns)
@@ -145,4 +145,6 @@ def _lay_values(values: Tensor, query: Tensor, patterns: Tensor) -> Tensor:
         raise ValueError(
             f"values must have one row a pattern, {tuple(patterns.shape[:-1])} + (dv,); got {tuple(values.shape)}"
         )
+    if mask is not None:
+        values = without_padding(values, mask)
     return values if values.ndim == 2 else group(query.shape[:-1], values)

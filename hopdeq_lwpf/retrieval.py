@@ -17,6 +17,7 @@ from hopdeq_lwpf._layout import (
     lay,
     lay_mask,
     lowest,
+    without_padding,
 )
 from hopdeq_lwpf._types import Matvec, identity, unknown, wide
 from hopdeq_lwpf.forgetting import Forgetting, make_forgetting
@@ -149,10 +150,12 @@ class Retrieval(nn.Module):
 
         query (*batch, d). patterns: (N, d) shared; with as many dimensions as the query, one set for the
         queries of its second last dimension, (B, N, d) for (B, L, d); with one more, one set a query.
-        mask: bool, True = ignore: one entry a pattern (patterns' shape without d), or the scores' (*batch, N).
+        mask: bool, True = ignore: one entry a pattern (patterns' shape without d), whose patterns may then hold
+            anything, NaN too; or the scores' (*batch, N), for finite patterns.
         """
         batch = check_input(query, patterns, mask)
         if mask is not None:
+            patterns = without_padding(patterns, mask)
             mask = lay_mask(mask, batch, patterns)
         if patterns.ndim > 2:
             patterns = group(batch, patterns)

@@ -6,6 +6,7 @@ from problems import (
     F64,
     PROBLEMS,
     SOLVERS,
+    Map,
     exact_gradients,
     flat,
     fresh,
@@ -173,6 +174,28 @@ def test_equilibrium_that_is_a_saddle(solver, method):
     assert_close(actual, exact)
     assert solution.adjoint.method == method
     assert (solution.adjoint.result == Result.CONVERGED).all()
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(name) for name in ("cg", "minres", "gmres")], ids=repr)
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e25])
+def test_squares_of_the_incoming_gradient_neither_vanish_nor_overflow(adjoint, scale):
+    problem = PROBLEMS["softmax retrieval"]
+    arguments = tuple(a.float().requires_grad_() for a in problem.arguments)
+    x = problem.prepare(*arguments)
+    value = fixed_point(problem.f, x, problem.z0.float(), adjoint=adjoint, stop=Termination(1e-6)).value
+    expected = torch.autograd.grad(loss_of(value), arguments, retain_graph=True)
+    actual = torch.autograd.grad(scale * loss_of(value), arguments)
+    assert relative_error(tuple(a.double() / scale for a in actual), expected) < 1e-5
+
+
+def test_an_unrolled_solve_that_starts_at_the_root_still_depends_on_its_arguments():
+    b = normal(2, 3).requires_grad_()
+    f = Map(lambda z, b: 0.5 * z + b)
+    solution = fixed_point(f, (b,), 2 * b.detach(), adjoint="unrolled", solver="picard")
+    (g,) = torch.autograd.grad(solution.value.sum(), b)
+    # One step of the series 1 + 1/2 + 1/4 + ...
+    assert_close(g, torch.ones_like(b))
+    assert (solution.steps == 1).all()
 
 
 # --- approximations

@@ -112,9 +112,9 @@ def test_query_and_patterns(query, patterns, error, message):
 @pytest.mark.parametrize(
     ("z0", "error", "message"),
     [
-        (None, TypeError, r"state z0 must be a torch.Tensor, got NoneType"),
+        (None, TypeError, r"z0 must be a torch.Tensor, got NoneType"),
         ((), TypeError, r"state z0 holds no tensor"),
-        (torch.zeros(2, dtype=torch.int64), TypeError, r"state z0 must have a floating-point dtype.*int64"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, r"z0 must have a floating-point dtype.*int64"),
         (torch.tensor(1.0), ValueError, r"state z0 has shape \(\)"),
         ((torch.zeros(2, 1), torch.zeros(3, 1)), ValueError, r"different batch shapes.*\(2,\).*\(3,\)"),
     ],

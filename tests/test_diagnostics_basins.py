@@ -224,3 +224,14 @@ def test_bad_input_is_named(change, message):
 def test_intervals_need_trials():
     with pytest.raises(ValueError, match="trials must be an integer >= 1"):
         binomial_interval(torch.tensor(0), 0)
+
+
+def test_the_reference_sums_squares_in_float64_too():
+    # Far from the origin the squares of float32 patterns have lost the distances between them.
+    patterns = torch.randn(20, 3) + torch.tensor([300.0, 0.0, 0.0])
+    query = patterns[:10] + 0.3 * torch.randn(10, 3)
+    f = Retrieval(2.0, similarity="euclidean")
+    stop = Termination(rtol=1e-10, max_steps=5000)
+    x, wide = f.prepare(query, patterns), f.prepare(query.double(), patterns.double())
+    expected = fixed_point(f, wide, f.init(wide), solver="picard", stop=stop).state
+    assert_close(picard_limit(f, x, f.init(x), stop=stop).state, expected, rtol=0, atol=1e-8)

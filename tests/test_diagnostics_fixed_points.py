@@ -289,3 +289,17 @@ def test_sample_must_be_a_count():
     assert isinstance(solution, Solution)
     with pytest.raises(ValueError, match="sample must be an integer >= 1"):
         diagnose(solution, f, x, sample=0)
+
+
+def test_dead_patterns_of_several_sets_are_counted_set_by_set():
+    # Queries 0 and 1 use the first two patterns of the first set, 2 and 3 the last two of the second.
+    weights = torch.eye(4)
+    counted = usage(weights, sets=2)
+    assert counted.patterns == 8
+    assert counted.dead.tolist() == [2, 3, 4, 5]
+    with pytest.raises(ValueError, match="sets must divide the 4 queries, got 3"):
+        usage(weights, sets=3)
+
+
+def test_without_queries_no_pattern_is_dead():
+    assert usage(torch.zeros(0, 4)).dead.numel() == 0

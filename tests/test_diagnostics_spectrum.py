@@ -238,7 +238,7 @@ def test_bad_options_are_named(options, message):
 def test_bad_functions_and_states_are_named():
     with pytest.raises(TypeError, match="f must be a function"):
         spectral_radius(None, torch.ones(1, 2))
-    with pytest.raises(TypeError, match="the state z0"):
+    with pytest.raises(TypeError, match="z0"):
         spectral_radius(lambda z, x: z, torch.ones(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="must return the shape of z"):
         spectral_radius(lambda z, x: z[:, :1], torch.ones(1, 2))

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,23 +19,10 @@ def blocks(page: Path) -> list[str]:
     return ["\n" * text.count("\n", 0, match.start(1)) + match[1] for match in BLOCK.finditer(text)]
 
 
-def assumed(page: Path) -> dict[str, object]:
-    """What the README takes for granted: a function of the reader, its context and start, and scores."""
-    if page.name != "README.md":
-        return {}
-    x = torch.randn(4, 8)
-    return {
-        "f": lambda z, x: torch.tanh(0.5 * z + x),
-        "x": x,
-        "z0": torch.zeros_like(x),
-        "scores": torch.randn(4, 8),
-    }
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "__main__", **assumed(page)}
+    namespace = {"__name__": "__main__"}
     for code in blocks(page):
         exec(compile(code, str(page), "exec"), namespace)
 

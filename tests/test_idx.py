@@ -223,3 +223,10 @@ def test_a_name_of_no_known_kind_lists_the_kinds(tmp_path):
         DataError, match=r"must end in one of \.npy, \.npz, \.csv, or be that of an IDX file or of"
     ):
         read_array(tmp_path / "a.txt")
+
+
+def test_huge_sizes_beside_an_empty_one_are_refused(tmp_path):
+    path = tmp_path / "huge-idx3"
+    path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", 0, 2**32 - 1, 2**32 - 1))
+    with pytest.raises(DataError, match="more than an array can have"):
+        read_idx(path)

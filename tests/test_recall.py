@@ -369,3 +369,17 @@ def test_learned_parts_of_a_separation_are_parameters_and_get_gradients():
         (gradient,) = torch.autograd.grad(value.square().sum(), separation.t)
         assert gradient.isfinite()
         assert gradient != 0
+
+
+def test_masked_padding_may_hold_anything():
+    query, patterns, values = normal(3, 4), normal(6, 4, seed=2), normal(6, 2, seed=3)
+    padded, read = (torch.cat([rows, rows[:2] * torch.nan]) for rows in (patterns, values))
+    mask = torch.arange(8) >= 6
+    for steps in (1, None):
+        options = {"steps": steps, "beta": 0.7}
+        clean = retrieve(query, patterns, values=values, **options)
+        assert_close(retrieve(query, padded, values=read, mask=mask, **options).value, clean.value)
+    groups = torch.stack([padded, padded])
+    masks = torch.stack([mask, mask])
+    recall = retrieve(normal(2, 3, 4), groups, mask=masks)
+    assert recall.value.isfinite().all()

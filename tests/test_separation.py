@@ -369,3 +369,10 @@ def test_lagrangian_of_one_score_without_forgetting():
     }  # fmt: skip
     for name, value in expected.items():
         assert SEPARATIONS[name].lagrangian(one).item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e30])
+def test_the_gradient_of_logsumexp_is_softmax_whatever_the_scale(scale):
+    scores = torch.tensor([scale, scale, -scale, scale], requires_grad=True)
+    (g,) = torch.autograd.grad(make_separation("softmax").lagrangian(scores), scores)
+    assert_close(g, torch.softmax(scores.detach(), -1))

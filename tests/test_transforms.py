@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from hopdeq_lwpf import Equilibrium, Termination, fixed_point, retrieve
 from hopdeq_lwpf._types import ConvergenceWarning
+from hopdeq_lwpf.separation import Entmax15
 from hopdeq_lwpf.solvers import Implicit, Neumann, OneStep, Phantom
 
 EXACT = Implicit(rtol=1e-13)
@@ -224,3 +225,23 @@ def test_a_trace_is_refused():
     f = Map(lambda z, b: 0.5 * z + b)
     with pytest.raises(ValueError, match="trace=True is not possible under torch.func"):
         vmap(lambda b: fixed_point(f, (b,), torch.zeros(1, 3, dtype=F64), trace=True).value)(normal(2, 1, 3))
+
+
+@forward_mode
+@pytest.mark.parametrize("name", ["equilibrium", "weights", "lagrangian"])
+def test_forward_mode_within_forward_mode_is_refused(name):
+    # torch evaluates the inner derivative at a detached point, and the outer one would silently be 0.
+    module, separation = layer(), Entmax15()
+    functions = {"equilibrium": module, "weights": separation.weights, "lagrangian": separation.lagrangian}
+    with pytest.raises(TypeError, match="use torch.func.hessian"):
+        jacfwd(jacfwd(functions[name]))(normal(1, 3))
+
+
+def test_vmap_over_beta_and_a_bad_beta_among_them():
+    query, patterns = normal(3, 4), normal(6, 4, seed=2)
+    betas = torch.tensor([0.5, 2.0], dtype=F64)
+    together = vmap(lambda beta: retrieve(query, patterns, beta=beta).value)(betas)
+    apart = torch.stack([retrieve(query, patterns, beta=beta).value for beta in betas])
+    assert_close(together, apart)
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        vmap(lambda beta: retrieve(query, patterns, beta=beta).value)(-betas)

@@ -117,6 +117,20 @@ def test_capacity_grows_without_losing_samples():
     assert (module(x, index=torch.arange(50), return_solution=True).steps == 0).all()
 
 
+def test_another_dtype_and_several_problems_a_sample():
+    class Scaled(Cell):
+        state_ndim = 1
+
+    module = Equilibrium(Scaled(), warm_start=True, solver="picard")
+    x = normal(3, 2, 4)
+    module(x, index=torch.arange(3))
+    module.float()
+    again = module(x.float(), index=torch.arange(3), return_solution=True)
+    assert again.value.dtype == torch.float32
+    assert (again.steps <= 1).all()
+    assert len(module.warm) == 3
+
+
 def test_an_empty_batch_and_copies():
     module, x = layer(), normal(2, 4)
     module(x[:0], index=samples().long())
@@ -136,6 +150,7 @@ def test_an_empty_batch_and_copies():
         (lambda m, x: m(x, index=samples(0)), ValueError, r"index must have shape \(B,\).*got \(1,\)"),
         (lambda m, x: m(x, index=samples(3, 3)), ValueError, "holds a sample twice"),
         (lambda m, x: Equilibrium(m.f)(x, index=samples(0, 1)), ValueError, "warm_start=True"),
+        (lambda m, x: layer(adjoint="unrolled"), ValueError, "next to no steps to differentiate"),
         (lambda m, x: layer(steps=2), ValueError, "steps=2 there is none"),
         (lambda m, x: torch.vmap(lambda x: m(x, index=samples(0)))(x[:, None]), TypeError, "torch.func"),
     ],

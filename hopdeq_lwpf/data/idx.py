@@ -23,6 +23,7 @@ IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E
 GZIP_MAGIC = b"\x1f\x8b"
 # A byte of a deflate stream stands for at most this many (RFC 1951: 258 bytes for two bits).
 GZIP_MOST = 1032
+LARGEST = 2**60  # numbers in an array, by far
 MAX_DIMS = 64  # of numpy
 CHUNK = 1 << 20
 _NAME = re.compile(r"(^|[-._])idx\d*([-._]|$)", re.IGNORECASE)
@@ -78,6 +79,9 @@ def _read(path: Path, file: BinaryIO, most: int, *, exact: bool) -> Tensor:
     kind, shape, header = _header(path, file)
     needed = math.prod(shape) * kind.itemsize
     claim = f"its header says {'x'.join(map(str, shape)) or 'one'} numbers of {kind.itemsize} bytes"
+    # Sizes beside a 0 are not backed by any byte, and strides are their products.
+    if not needed and math.prod(max(size, 1) for size in shape) > LARGEST:
+        raise DataError(f"{path}: {claim}, more than an array can have")
     if header + needed > most:
         raise DataError(
             f"{path}: is cut off: {claim}, {header + needed} bytes in all, and the file has "

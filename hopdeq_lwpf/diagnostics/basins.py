@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from hopdeq_lwpf._types import Context, Solution, State, check_float_tensor, wide
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.recall import Recall, retrieve
+from hopdeq_lwpf.retrieval import RetrievalContext
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.base import check_count, check_number
 from hopdeq_lwpf.solvers.picard import Picard
@@ -46,6 +47,8 @@ def picard_limit(
     tensors of its own, out of reach.
     """
     exact = _Exact(f) if isinstance(f, nn.Module) else f
+    if isinstance(x, RetrievalContext):
+        x = x._replace(half_squares=None)  # what was summed in float32 is summed anew
     try:
         with torch.no_grad():
             return fixed_point(exact, _double(x), _double(z0), solver=Picard(), stop=stop)

@@ -108,7 +108,8 @@ def diagnose(
             _check_made_by(solution, f, x)
             weights = f.weights(solution.state, x)
             mask = x.mask if x.mask is None or x.mask.ndim < 2 else x.mask.reshape(weights.shape)
-            kinds, used = classify(weights, mask=mask), usage(weights, mask=mask)
+            kinds = classify(weights, mask=mask)
+            used = usage(weights, mask=mask, sets=len(x.patterns) if x.patterns.ndim > 2 else 1)
             storage, theory = _storage(f, x)
         state, start, some, rows = _sample(solution.state, z0, f, x, sample, seed)
     spectrum = spectral_radius(f, state, some)
@@ -120,6 +121,8 @@ def diagnose(
 
 def _check_made_by(solution: Solution, f: Retrieval, x: RetrievalContext) -> None:
     """Energies tell another beta, forgetting or set of patterns."""
+    if not isinstance(x, RetrievalContext):
+        raise TypeError(f"x must be what f.prepare(queries, patterns) returned, got {type(x).__name__}")
     if solution.state.shape != x.start.shape:
         raise ValueError(
             f"the solution's state has shape {tuple(solution.state.shape)} but x was prepared for queries of "

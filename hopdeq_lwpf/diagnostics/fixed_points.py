@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import check_float_tensor
-from hopdeq_lwpf.solvers.base import check_number
+from hopdeq_lwpf.solvers.base import check_count, check_number
 
 MASS = 0.90
 SHARES = (1 / 2, 1 / 8, 1 / 32)
@@ -134,21 +134,29 @@ class Usage:
 
 
 @torch.no_grad()
-def usage(weights: Tensor, *, mask: Tensor | None = None) -> Usage:
+def usage(weights: Tensor, *, mask: Tensor | None = None, sets: int = 1) -> Usage:
     """Count total forgetting, dead patterns and supports.
 
     weights, mask: as in `classify`. A pattern is dead if no query gives it a weight above 0, be it forgotten
     or below the smallest number of the dtype (softmax in float32 at a score 104 below the largest); a pattern
-    that every query ignores is not counted at all. NaN is no weight.
+    that every query ignores is not counted at all; without queries none is dead. NaN is no weight.
+    sets: how many sets of patterns there are, each for an equal share of the queries in order; `dead` then
+    counts through all sets, pattern i of set j being j N + i.
     """
     weights, mask = _check_weights(weights, mask)
+    check_count("sets", sets, 1)
     positive = weights > 0
     visible = torch.ones_like(positive) if mask is None else ~mask
     positive = positive & visible
     support = positive.sum(-1).reshape(-1).double()
     count = weights.shape[-1]
-    seen = visible.reshape(-1, count).any(0) if support.numel() else visible.new_ones(count)
-    dead = seen & ~positive.reshape(-1, count).any(0)
+    if support.numel() % sets:
+        raise ValueError(f"sets must divide the {support.numel()} queries, got {sets}")
+    asked = support.numel() > 0
+    length = support.numel() // sets if asked else 1
+    seen = visible.reshape(sets, length, count).any(1) if asked else visible.new_ones(sets, count)
+    dead = seen & ~positive.reshape(sets, length, count).any(1) if asked else ~seen
+    seen, dead = seen.reshape(-1), dead.reshape(-1)
     nothing = float("nan")
     return Usage(
         queries=support.numel(),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._types import check_float_tensor
+from hopdeq_lwpf._types import check_float_tensor, refuse_nested_forward_mode
 from hopdeq_lwpf.separation import simplex
 from hopdeq_lwpf.separation.base import Separation
 
@@ -30,6 +30,7 @@ class _Family(Separation):
 
     def weights_of(self, logits: Tensor) -> Tensor:
         """p(s)."""
+        refuse_nested_forward_mode()
         return _weights(logits, self._alpha(logits))
 
     def lagrangian_of(self, logits: Tensor) -> Tensor:
@@ -38,6 +39,7 @@ class _Family(Separation):
 
     def both_of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Both, from one threshold."""
+        refuse_nested_forward_mode()
         alpha = self._alpha(logits)
         weights = _weights(logits, alpha)
         conjugate = _TracedConjugate if torch.compiler.is_compiling() else _Conjugate

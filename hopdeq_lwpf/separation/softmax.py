@@ -22,7 +22,11 @@ class Softmax(Separation):
 
     def lagrangian_of(self, logits: Tensor) -> Tensor:
         """logsumexp(s)."""
-        return torch.logsumexp(logits, -1)
+        if not logits.requires_grad:
+            return torch.logsumexp(logits, -1)
+        # Its gradient in torch is exp(s - L), which is wrong where L is s to the last bit; this one's is softmax.
+        top = logits.detach().amax(-1, keepdim=True).nan_to_num(0.0)
+        return (logits - top).exp().sum(-1).log() + top.squeeze(-1)
 
     def both_of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Both; where no gradient is recorded, L = max s - log max p, two passes over the scores."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -76,7 +77,12 @@ class Implicit:
 
     def linear(self, system: System) -> tuple[LinearOutcome, str]:
         """u of the system, and how it was found."""
+        # The square of a small gradient underflows, that of a large one overflows.
+        size = system.g.abs().amax(-1, keepdim=True)
+        size = torch.where((size > 0) & size.isfinite(), size, 1.0)
+        system = dataclasses.replace(system, g=system.g / size)
         outcome, name = self._solve(system, max(self.rtol, 4 * torch.finfo(system.g.dtype).eps))
+        outcome.u = outcome.u * size
         # What rounding leaves of the residual is not a failure to converge.
         rounded = (outcome.result == int(Result.MAX_STEPS)) & (outcome.residual <= FLOOR * system.eps)
         outcome.result = outcome.result.masked_fill(rounded, int(Result.CONVERGED))
@@ -195,7 +201,8 @@ class Phantom:
 class Unrolled:
     """Ordinary autograd through every iteration of the solver; memory grows with the steps.
 
-    The one adjoint that keeps the gradient to z0.
+    The one adjoint that keeps the gradient to z0. It differentiates the steps that were made, at least one: from
+    a start that is nearly the equilibrium they are few and the gradient is as inexact as a `Phantom` one.
     """
 
     drops_z0 = False
@@ -203,7 +210,8 @@ class Unrolled:
     def solve(
         self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
     ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        outcome = run(f, z0, solver, stop, trace=trace, drop=not torch.is_grad_enabled())
+        recording = torch.is_grad_enabled()
+        outcome = run(f, z0, solver, stop, trace=trace, drop=not recording, least=int(recording))
         # An empty batch takes no step, yet what f depends on must get its (zero) gradient.
         return (outcome.z if len(z0) else f(z0)), outcome, None
 

@@ -66,6 +66,10 @@ class Equilibrium(nn.Module):
         self.on_failure = on_failure
         if warm_start and steps is not None:
             raise ValueError(f"warm_start needs an equilibrium to start at; with steps={steps} there is none")
+        if warm_start and not make_adjoint(adjoint).drops_z0:
+            raise ValueError(
+                f"warm_start leaves {adjoint!r} next to no steps to differentiate; use adjoint='implicit'"
+            )
         self.warm = WarmStart() if warm_start else None
         self.last_solution = None
         self._told = False

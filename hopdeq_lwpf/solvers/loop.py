@@ -123,9 +123,17 @@ class Course:
     """A solve under way: it evaluates f at the iterates that a solver proposes, tests, records and traces."""
 
     def __init__(
-        self, f: FlatFunction, z0: Tensor, stop: Termination, *, trace: bool = False, energy: bool = False
+        self,
+        f: FlatFunction,
+        z0: Tensor,
+        stop: Termination,
+        *,
+        trace: bool = False,
+        energy: bool = False,
+        least: int = 0,
     ) -> None:
         self.stop = stop
+        self.least = least
         self.step = 0
         self.outcome = Outcome.empty(z0)
         self.history = _History(f.has_energy, z0.shape[0]) if trace else None
@@ -144,7 +152,7 @@ class Course:
         if self.history is not None:
             self.history.add(work, fz, energy)
         if self.stop.checks(self.step):
-            _test(work, self.outcome, fz, self.stop, self.step)
+            _test(work, self.outcome, fz, self.stop, self.step, early=self.step < self.least)
         self.step += 1
         return fz, energy, piece
 
@@ -156,17 +164,25 @@ class Course:
 
 
 def run(
-    f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, *, trace: bool = False, drop: bool = True
+    f: FlatFunction,
+    z0: Tensor,
+    solver: Solver,
+    stop: Termination,
+    *,
+    trace: bool = False,
+    drop: bool = True,
+    least: int = 0,
 ) -> Outcome:
     """Iterate `solver` on f from z0 (B, n) until every problem has stopped.
 
-    With gradients enabled every operation is recorded (nothing is done in place); pass `drop=False` then.
+    With gradients enabled every operation is recorded (nothing is done in place); pass `drop=False` then, and
+    `least=1`: an iterate that passes after so many updates only, since a start depends on nothing.
     A solver that has `run(f, z0, stop, trace) -> Outcome` in place of `propose`, such as another library's,
     brings its own loop.
     """
     if not hasattr(solver, "propose"):
         return cast(Any, solver).run(f, z0, stop, trace)
-    course = Course(f, z0, stop, trace=trace, energy=solver.uses_energy)
+    course = Course(f, z0, stop, trace=trace, energy=solver.uses_energy, least=least)
     work = course.work
     while not course.ended:
         step = course.step
@@ -183,9 +199,12 @@ def run(
     return course.finish()
 
 
-def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int) -> None:
-    """Judge every row, keep the best iterate of each, and record those that stop."""
+def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int, *, early: bool) -> None:
+    """Judge every row, keep the best iterate of each, and record those that stop; early: none may converge yet."""
     verdict = work.judge(fz, stop, last=step >= stop.max_steps)
+    if early:
+        verdict.goes_on = work.live & verdict.sane
+        verdict.within = torch.zeros_like(verdict.sane)
     relative = verdict.relative
     better = relative < work.best
     if bool(better.all()):

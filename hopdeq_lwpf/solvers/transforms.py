@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 from torch.utils import _pytree as pytree
 
-from hopdeq_lwpf._types import Matvec, identity
+from hopdeq_lwpf._types import Matvec, identity, refuse_nested_forward_mode
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.implicit import AdjointSolve, warn_unconverged
 from hopdeq_lwpf.solvers.linear import System
@@ -31,6 +31,7 @@ def solve(
     f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, linear: AdjointSolve
 ) -> tuple[Tensor, Outcome]:
     """The equilibrium (B, n) from z0, and the outcome; both carry whatever transforms are active."""
+    refuse_nested_forward_mode()
     with torch.no_grad():
         symmetric = f.metric(z0) is identity
     problem, tensors = _Nonlinear.of(f, solver, stop, linear, symmetric)

@@ -34,7 +34,7 @@ class StateView:
         declared = getattr(f, "state_ndim", None)
         batches, shapes = [], []
         for leaf in leaves:
-            check_float_tensor("the state z0", leaf)
+            check_float_tensor("z0", leaf)
             ndim = leaf.ndim - 1 if declared is None else declared
             if not 0 <= ndim <= leaf.ndim or (declared is None and leaf.ndim == 0):
                 raise ValueError(

@@ -11,7 +11,7 @@ from hopdeq_lwpf.solvers.base import transformed
 
 
 class WarmStart:
-    """Equilibria by sample index, kept on the CPU in the dtype of the state.
+    """Equilibria by sample index, kept on the CPU in the dtype that the state had at first.
 
     Only converged problems are kept: an iterate of a failed solve would make the next one start from it. A
     sample that is not known starts where it would without this. While parameters change between two epochs,
@@ -36,7 +36,8 @@ class WarmStart:
     def start(self, index: Tensor, z0: State) -> State:
         """z0 with the rows of known samples replaced by their last equilibria, without gradient.
 
-        index: (B,) integers, the samples of the batch. z0: a tensor or pytree, (B, *state).
+        index: (B,) integers, the samples of the batch. z0: a tensor or pytree, (B, *state); a sample may be several
+        problems.
         """
         names = _check(index, z0)
         rows = [row for row, name in enumerate(names) if name in self._places]
@@ -54,7 +55,10 @@ class WarmStart:
     def keep(self, index: Tensor, solution: Solution) -> None:
         """Store the states of the converged problems of a solve under their samples."""
         names = _check(index, solution.state)
-        rows = solution.converged.nonzero().squeeze(1).tolist()
+        # Where a sample is several problems, such as tokens, all of them must have converged.
+        done = solution.converged
+        done = done.flatten(1).all(1) if done.ndim > 1 else done
+        rows = done.nonzero().squeeze(1).tolist()
         leaves = [leaf.detach() for leaf in pytree.tree_leaves(solution.state)]
         self._check_alike(leaves)
         places = []
@@ -63,7 +67,7 @@ class WarmStart:
         self._reserve(leaves)
         where = torch.tensor(places, dtype=torch.int64)
         for i, leaf in enumerate(leaves):
-            self._stored[i].index_copy_(0, where, leaf[rows].to("cpu"))
+            self._stored[i].index_copy_(0, where, leaf[rows].to(self._stored[i]))
 
     def _reserve(self, leaves: list[Tensor]) -> None:
         """Room for every known sample; the capacity doubles, so that a sample costs its own size."""
@@ -72,7 +76,11 @@ class WarmStart:
         if needed <= held and self._stored:
             return
         capacity = max(needed, 2 * held)
-        grown = [leaf.new_empty((capacity, *leaf.shape[1:]), device="cpu") for leaf in leaves]
+        kinds = self._stored or leaves  # the dtype of the first call stays, whatever the layer becomes
+        grown = [
+            torch.empty((capacity, *leaf.shape[1:]), dtype=kind.dtype)
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        ]
         for new, old in zip(grown, self._stored, strict=False):
             new[:held] = old
         self._stored = grown
