@@ -353,7 +353,9 @@ def test_make_forgetting():
     ):
         make_forgetting("rleu")
     for wrong, text in ((3, "got 3"), (ReLU, r"did you mean ReLU\(\.\.\.\)")):
-        with pytest.raises(TypeError, match=f"forgetting must be None, a name or a Forgetting object.*{text}"):
+        with pytest.raises(
+            TypeError, match=f"forgetting must be None, a name or a Forgetting object.*{text}"
+        ):
             make_forgetting(wrong)
 
 
