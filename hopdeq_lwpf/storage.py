@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import AdjointReport, Solution, Trace
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 from hopdeq_lwpf.data.tensors import Kind, read_tensors, write_tensors
 from hopdeq_lwpf.memory import MemoryRecall
 from hopdeq_lwpf.recall import Recall

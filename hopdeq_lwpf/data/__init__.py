@@ -17,7 +17,7 @@ from hopdeq_lwpf.data.bit_pattern import BitPatternSet as BitPatternSet
 from hopdeq_lwpf.data.corruption import CORRUPTIONS as CORRUPTIONS
 from hopdeq_lwpf.data.corruption import corrupt as corrupt
 from hopdeq_lwpf.data.digits import load_digits as load_digits
-from hopdeq_lwpf.data.files import DataError as DataError
+from hopdeq_lwpf.data.errors import DataError as DataError
 from hopdeq_lwpf.data.files import read_array as read_array
 from hopdeq_lwpf.data.files import read_indices as read_indices
 from hopdeq_lwpf.data.files import replacing as replacing

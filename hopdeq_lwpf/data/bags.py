@@ -23,7 +23,7 @@ from hopdeq_lwpf.data.draws import (
     draw_targets,
     stream,
 )
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 from hopdeq_lwpf.data.idx import read_idx, read_idx_rows
 
 # Where the package of Debian puts its files.

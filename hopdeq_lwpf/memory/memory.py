@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf.data.files import DataError
+from hopdeq_lwpf.data.errors import DataError
 from hopdeq_lwpf.data.tensors import Kind, read_tensors, write_tensors
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.memory.rows import DTYPES, Label, as_ids, is_finite
