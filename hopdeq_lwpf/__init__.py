@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hopdeq_lwpf._types import Result as Result
     from hopdeq_lwpf._types import Solution as Solution
     from hopdeq_lwpf.memory import Memory as Memory
+    from hopdeq_lwpf.models.conversion import convert_attention as convert_attention
     from hopdeq_lwpf.recall import retrieve as retrieve
     from hopdeq_lwpf.settings import find as find
     from hopdeq_lwpf.solvers import Equilibrium as Equilibrium
@@ -30,6 +31,7 @@ _HOME = {
     "Result": "_types",
     "Solution": "_types",
     "Termination": "solvers",
+    "convert_attention": "models.conversion",
     "find": "settings",
     "fixed_point": "solvers",
     "load_solution": "storage",

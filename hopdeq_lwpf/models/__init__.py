@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from hopdeq_lwpf.forgetting import UNITS, Forgetting
+from hopdeq_lwpf.models.conversion import convert_attention
+from hopdeq_lwpf.models.hopfield import Hopfield
+from hopdeq_lwpf.models.learned_patterns import HopfieldLayer, HopfieldPooling
+from hopdeq_lwpf.models.transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
+from hopdeq_lwpf.models.vision import VisionTransformer
 from hopdeq_lwpf.options import construct
 from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.settings import find
 
-__all__ = ["Retrieval", "build"]
+__all__ = [
+    "Hopfield",
+    "HopfieldDecoderLayer",
+    "HopfieldEncoderLayer",
+    "HopfieldLayer",
+    "HopfieldPooling",
+    "Retrieval",
+    "VisionTransformer",
+    "build",
+    "convert_attention",
+]
 
-MODELS = {"retrieval": Retrieval}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "retrieval": Retrieval,
+    "hopfield": Hopfield,
+    "pooling": HopfieldPooling,
+    "lookup": HopfieldLayer,
+}
 
 
-def build(settings: str | Mapping[str, Any]) -> Retrieval:
+def build(settings: str | Mapping[str, Any]) -> Any:
     """A model from the settings of this name in models/, or from a mapping with a key `model`.
 
     `forgetting` may be a name, or a mapping {unit: name, ...options}. Unknown names and options are errors.
@@ -25,5 +47,4 @@ def build(settings: str | Mapping[str, Any]) -> Retrieval:
     if isinstance(unit, Mapping):
         built: Forgetting = construct("unit", unit, UNITS)
         options["forgetting"] = built
-    model: Retrieval = construct("model", options, MODELS)
-    return model
+    return construct("model", options, MODELS)

@@ -112,7 +112,9 @@ class Implicit:
         for rescue, solve in (("minres", minres), ("gmres", gmres)):
             if not bool(lost.any()):
                 break
-            second = solve(system, rtol, self.max_steps)
+            # A row without a gradient is done at once, so that only the lost ones take steps.
+            rest = dataclasses.replace(system, g=pick(lost, system.g, torch.zeros_like(system.g)))
+            second = solve(rest, rtol, self.max_steps)
             name = f"{name}+{rescue}"
             outcome = LinearOutcome(
                 pick(lost, second.u, outcome.u),

@@ -1,0 +1,164 @@
+"""VisionTransformer: on a stand-in for timm's, and on the real one where it is installed."""
+
+import copy
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from problems import normal
+from test_conversion_timm import Attention
+from timm_here import timm_or_skip
+from torch import nn
+from torch.testing import assert_close
+
+from hopdeq_lwpf import data
+from hopdeq_lwpf.models.vision import VisionTransformer
+
+SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}
+
+
+class StandIn(nn.Module):
+    """What VisionTransformer asks of timm's: these arguments, and attention in blocks."""
+
+    def __init__(  # noqa: PLR0913 (that of timm has more)
+        self,
+        *,
+        img_size,
+        patch_size,
+        in_chans,
+        num_classes,
+        embed_dim,
+        depth,
+        num_heads,
+        mlp_ratio,
+        drop_rate,
+        proj_drop_rate,
+        attn_drop_rate,
+    ):
+        super().__init__()
+        assert drop_rate == proj_drop_rate == attn_drop_rate
+        self.patches = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.place = nn.Parameter(torch.randn(img_size[0] * img_size[1] // patch_size**2, embed_dim))
+        hidden = int(mlp_ratio * embed_dim)
+        parts = (nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
+        blocks = [
+            nn.ModuleDict({"attn": Attention(embed_dim, num_heads, drop=drop_rate)}) for _ in range(depth)
+        ]
+        self.blocks, self.mlp = nn.ModuleList(blocks), nn.Sequential(*parts)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.place
+        for block in self.blocks:
+            x = x + block["attn"](nn.functional.layer_norm(x, x.shape[-1:]))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+@pytest.fixture(params=["stand-in", "timm"])
+def timm_models(request, monkeypatch):
+    if request.param == "timm":
+        return timm_or_skip()
+    package, models = ModuleType("timm"), ModuleType("timm.models")
+    package.models, models.VisionTransformer = models, StandIn
+    monkeypatch.setitem(sys.modules, "timm", package)
+    monkeypatch.setitem(sys.modules, "timm.models", models)
+    return models
+
+
+@pytest.mark.usefixtures("timm_models")
+def test_images_become_logits_and_every_block_is_converted():
+    model = VisionTransformer(**SMALL, channels=3, classes=7)
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 7)
+    report = model.conversion_report
+    assert [part.name for part in report.converted] == ["blocks.0.attn", "blocks.1.attn"]
+    assert (report.converted[0].heads, report.converted[0].width) == (2, 16)
+    oblong = VisionTransformer(**{**SMALL, "image_size": (8, 16)})
+    assert oblong(torch.rand(2, 1, 8, 16)).shape == (2, 10)
+    assert oblong(torch.rand(0, 1, 8, 16)).shape == (0, 10)
+
+
+def test_one_step_is_the_model_of_timm_with_its_weights(timm_models):
+    torch.manual_seed(0)
+    plain = timm_models.VisionTransformer(
+        img_size=(8, 8),
+        patch_size=4,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        mlp_ratio=2.0,
+        drop_rate=0.0,
+        proj_drop_rate=0.0,
+        attn_drop_rate=0.0,
+    )
+    model = VisionTransformer(**SMALL)
+    model.vit.load_state_dict(plain.state_dict())
+    images = torch.rand(3, 1, 8, 8)
+    assert_close(model(images), plain(images), rtol=1e-5, atol=1e-5)
+    forgetting = VisionTransformer(**SMALL, forgetting="pfu")
+    forgetting.load_state_dict(model.state_dict())
+    assert (forgetting(images) - plain(images)).abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("timm_models")
+@pytest.mark.parametrize(
+    "dials", [{}, {"steps": 3, "forgetting": "pfu"}, {"steps": None, "inject": "input"}], ids=str
+)
+def test_a_step_of_training_lowers_the_loss_on_the_digits(dials):
+    pictures, labels = data.load_digits()
+    images, labels = pictures[:64].reshape(-1, 1, 8, 8), labels[:64]
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**SMALL, "patch_size": 2}, **dials)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(8):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    layers = [block["attn"] if isinstance(block, nn.ModuleDict) else block.attn for block in model.vit.blocks]
+    assert all(layer.last_solution.result.shape[:2] == (64, 2) for layer in layers)
+    assert_close(copy.deepcopy(model)(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("timm_models")
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"images must be \(B, 1, 8, 8\), got \(2, 8, 8\)"):
+        VisionTransformer(**SMALL)(normal(2, 8, 8))
+
+
+BAD = [
+    ({"image_size": 10}, r"image_size \(10, 10\) must be two multiples of patch_size 4"),
+    ({"image_size": (8, 8, 8)}, "two multiples"),
+    ({"width": 15}, "width must be a multiple of heads, got width=15 and heads=2"),
+    ({"depth": 0}, "depth must be an integer >= 1, got 0"),
+    ({"classes": 2.0}, "classes must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("options", "text"), BAD, ids=str)
+def test_sizes_that_do_not_fit_are_refused_before_timm_is_needed(options, text):
+    with pytest.raises(ValueError, match=text):
+        VisionTransformer(**{**SMALL, **options})
+
+
+def test_where_timm_is_missing_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    with pytest.raises(ImportError, match=r"hopdeq-lwpf\[vision\]"):
+        VisionTransformer(**SMALL)
+
+
+def test_where_torchvision_is_for_another_torch_that_is_said(monkeypatch):
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ImportError, match="torchvision of this torch's version"):
+        VisionTransformer(**SMALL)
