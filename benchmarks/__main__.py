@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import basins, forward, gradients, published, separations, theory, warm
+from benchmarks import basins, bit_patterns, forward, gradients, published, separations, theory, warm
 
 PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "overhead": forward.overhead,
@@ -26,7 +26,10 @@ PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "adjoints": gradients.adjoint_solvers,
 }
 # Studies that take minutes, run where they are named.
-STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {"warm": warm.run}
+STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "warm": warm.run,
+    "bit_patterns": bit_patterns.run,
+}
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from hopdeq_lwpf import settings
 from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
+from hopdeq_lwpf.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +48,7 @@ class Command:
     settings: type
     help: str
     work: Callable[[Any], None]
+    presets: str | None = None  # the files models/PRESETS*.yaml may be named as the first argument
 
 
 def _compare(spec: CompareSpec) -> None:
@@ -73,6 +77,18 @@ def _retrieve(spec: RetrieveSpec) -> None:
     console.print(f"written: {spec.out}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _train(spec: TrainSpec) -> None:
+    from hopdeq_lwpf.training.run import is_first_process, train
+
+    trained = train(spec, console=_console(stderr=True))
+    if not is_first_process():
+        return
+    console = _console()
+    console.print("written:", highlight=False)
+    for path in trained.files.values():
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
 COMMANDS = {
     "compare": Command(
         CompareSpec,
@@ -80,6 +96,12 @@ COMMANDS = {
         _compare,
     ),
     "retrieve": Command(RetrieveSpec, "recall stored patterns for the queries of a file", _retrieve),
+    "train": Command(
+        TrainSpec,
+        "train a network with equilibrium layers; a killed run goes on exactly with --resume true",
+        _train,
+        presets="train_",
+    ),
 }
 
 
@@ -90,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        given = _with_preset(given)
         chosen = _parser().parse_args(given)
         command = COMMANDS[chosen.command]
         # as_dict, since a setting called "values" would meet the method of the same name.
@@ -111,6 +134,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(str(error))
     return 0
+
+
+def _with_preset(given: list[str]) -> list[str]:
+    """The name or file of settings that may follow the command, as --config with that file."""
+    command = COMMANDS.get(given[0]) if given else None
+    if command is None or command.presets is None or len(given) < 2 or given[1].startswith("-"):
+        return given
+    name = given[1]
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        return [given[0], "--config", name, *given[2:]]
+    known = [entry for entry in settings.names("models") if entry.startswith(command.presets)]
+    for candidate in (name, f"{command.presets}{name}"):
+        if candidate in known:
+            # --config takes the text of a YAML file as well as its name.
+            return [given[0], "--config", yaml.safe_dump(settings.find("models", candidate)), *given[2:]]
+    short = [entry.removeprefix(command.presets) for entry in known]
+    near = _nearest(name.removeprefix(command.presets), short)
+    raise _UsageError(
+        f"settings {name!r} are not one of {', '.join(short)}"
+        + (f"; did you mean {near!r}?" if near else ", nor the name of a .yaml file")
+    )
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -147,12 +191,14 @@ def _parser() -> ArgumentParser:
 
 
 def _subparser(command: Command) -> ArgumentParser:
-    parser = _Parser(allow_abbrev=False, description=command.help)
+    parser = _Parser(allow_abbrev=False, description=_description(command))
     parser.add_argument("--config", action="config", help="YAML file of settings; later options win over it")
     types = get_type_hints(command.settings)
     for entry in fields(command.settings):
         kind, default = types[entry.name], entry.default
-        assert default is not MISSING
+        if default is MISSING:
+            assert entry.default_factory is not MISSING
+            default = entry.default_factory()
         several = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
         parser.add_argument(
             f"--{entry.name}",
@@ -162,6 +208,14 @@ def _subparser(command: Command) -> ArgumentParser:
             nargs="*" if several else None,
         )
     return parser
+
+
+def _description(command: Command) -> str:
+    if command.presets is None:
+        return command.help
+    known = [entry for entry in settings.names("models") if entry.startswith(command.presets)]
+    short = ", ".join(entry.removeprefix(command.presets) for entry in known)
+    return f"{command.help}. First, if you like, the name of settings ({short}) or their YAML file."
 
 
 def _explain(message: str, given: Sequence[str]) -> str:

@@ -212,7 +212,9 @@ def test_a_unit_draws_its_noise_once_a_call():
 
 
 def test_forgetting_only_at_the_readout_leaves_the_steps_before_it_unmasked():
-    layer, _, parts = made({"num_heads": 2, **PLAIN}, forgetting="relu", mask_in_loop=False, inject_weight=0.5)
+    layer, _, parts = made(
+        {"num_heads": 2, **PLAIN}, forgetting="relu", mask_in_loop=False, inject_weight=0.5
+    )
     layer.eval()
     for inject, pull in (("start", 0.0), ("input", 0.5)):
         layer.f.inject = inject

@@ -49,7 +49,9 @@ def test_tight_settings_are_tight():
     assert solvers.build("picard_damped").damping == 0.5
 
 
-@pytest.mark.parametrize("name", [n for n in names("models") if find("models", n).get("model") == "retrieval"])
+@pytest.mark.parametrize(
+    "name", [n for n in names("models") if find("models", n).get("model") == "retrieval"]
+)
 def test_model_settings(name):
     f = models.build(name)
     settings = find("models", name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from hopdeq_lwpf._checks import SpecError as SpecError
+from hopdeq_lwpf._checks import choice, number, option, tolerances, whole
 
 CONVERGED = "converged"
 KINDS = ("mask", "occlude", "noise", "flip")
@@ -14,14 +15,6 @@ FORGETTING = ("none", "relu", "pfu", "topk")
 NORMALIZE = ("none", "unit", "center", "center-unit")
 
 Steps = int | str  # a number of softmaxes, or "converged"
-
-
-class SpecError(ValueError):
-    """A setting has a value that makes no sense; one line that names the setting and what is allowed."""
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -32,40 +25,40 @@ class CompareSpec:
     makes no sense.
     """
 
-    patterns: str | None = _option(
+    patterns: str | None = option(
         None, "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images; null: digits"
     )
-    queries: str | None = _option(
+    queries: str | None = option(
         None, "file of queries, used as they are; null: corrupted stored patterns (needs --patterns)"
     )
-    targets: str | None = _option(None, "file with the row of the right pattern for each query of --queries")
-    stored: int | None = _option(None, "store a random subset of this many patterns; null: all")
-    samples: int = _option(256, "how many stored patterns are corrupted and asked for")
-    normalize: str = _option("center-unit", f"before storing: one of {', '.join(NORMALIZE)}")
-    forgetting: tuple[str, ...] = _option(("none", "relu", "pfu"), f"any of {', '.join(FORGETTING)}")
-    steps: tuple[Steps, ...] = _option((1, 3, CONVERGED), "numbers of softmaxes, or 'converged'")
-    beta: tuple[float, ...] = _option((8.0, 16.0, 32.0, 64.0), "inverse temperatures")
-    mask: tuple[float, ...] = _option((0.1, 0.2, 0.3), "shares of the entries set to the lowest value")
-    occlude: tuple[float, ...] = _option((), "shares of the entries hidden from the end (lowest rows)")
-    noise: tuple[float, ...] = _option((0.2, 0.3, 0.4), "standard deviations, as shares of the data's range")
-    flip: tuple[float, ...] = _option((0.05, 0.1, 0.15), "shares of the entries mirrored, x to 1 - x")
-    separation: str = _option("softmax", "softmax, sparsemax, ...")
-    max_error: float = _option(0.2, "recalled: at most this far from the right pattern, over its length")
-    solver: str = _option("auto", "solver of the converged runs")
-    rtol: float = _option(1e-5, "relative tolerance of the converged runs")
-    atol: float = _option(1e-8, "absolute tolerance of the converged runs")
-    max_steps: int = _option(1000, "step limit of the converged runs")
-    reference: bool = _option(True, "count basin changes against plain Picard iteration in float64")
-    reference_rtol: float = _option(1e-6, "relative tolerance of that iteration")
-    reference_max_steps: int = _option(5000, "step limit of that iteration")
-    spectrum: int = _option(64, "queries of each converged cell whose spectral radius is measured; 0: none")
-    resamples: int = _option(1000, "bootstrap resamples of the queries")
-    confidence: float = _option(0.95, "coverage of the intervals")
-    trajectories: int = _option(16, "queries whose energy is drawn; 0: none")
-    shape: tuple[int, int] | None = _option(None, "height and width of a pattern drawn as a picture")
-    threads: int = _option(1, "threads of torch during the run")
-    seed: int = _option(0, "seed of the choice of queries, the corruption and the bootstrap")
-    out: str = _option("results/compare", "folder of the results")
+    targets: str | None = option(None, "file with the row of the right pattern for each query of --queries")
+    stored: int | None = option(None, "store a random subset of this many patterns; null: all")
+    samples: int = option(256, "how many stored patterns are corrupted and asked for")
+    normalize: str = option("center-unit", f"before storing: one of {', '.join(NORMALIZE)}")
+    forgetting: tuple[str, ...] = option(("none", "relu", "pfu"), f"any of {', '.join(FORGETTING)}")
+    steps: tuple[Steps, ...] = option((1, 3, CONVERGED), "numbers of softmaxes, or 'converged'")
+    beta: tuple[float, ...] = option((8.0, 16.0, 32.0, 64.0), "inverse temperatures")
+    mask: tuple[float, ...] = option((0.1, 0.2, 0.3), "shares of the entries set to the lowest value")
+    occlude: tuple[float, ...] = option((), "shares of the entries hidden from the end (lowest rows)")
+    noise: tuple[float, ...] = option((0.2, 0.3, 0.4), "standard deviations, as shares of the data's range")
+    flip: tuple[float, ...] = option((0.05, 0.1, 0.15), "shares of the entries mirrored, x to 1 - x")
+    separation: str = option("softmax", "softmax, sparsemax, ...")
+    max_error: float = option(0.2, "recalled: at most this far from the right pattern, over its length")
+    solver: str = option("auto", "solver of the converged runs")
+    rtol: float = option(1e-5, "relative tolerance of the converged runs")
+    atol: float = option(1e-8, "absolute tolerance of the converged runs")
+    max_steps: int = option(1000, "step limit of the converged runs")
+    reference: bool = option(True, "count basin changes against plain Picard iteration in float64")
+    reference_rtol: float = option(1e-6, "relative tolerance of that iteration")
+    reference_max_steps: int = option(5000, "step limit of that iteration")
+    spectrum: int = option(64, "queries of each converged cell whose spectral radius is measured; 0: none")
+    resamples: int = option(1000, "bootstrap resamples of the queries")
+    confidence: float = option(0.95, "coverage of the intervals")
+    trajectories: int = option(16, "queries whose energy is drawn; 0: none")
+    shape: tuple[int, int] | None = option(None, "height and width of a pattern drawn as a picture")
+    threads: int = option(1, "threads of torch during the run")
+    seed: int = option(0, "seed of the choice of queries, the corruption and the bootstrap")
+    out: str = option("results/compare", "folder of the results")
 
     def __post_init__(self) -> None:
         for entry in fields(self):  # lists from YAML and the command line become hashable
@@ -77,9 +70,9 @@ class CompareSpec:
         self._check_files()
 
     def _check_lists(self) -> None:
-        _choice("normalize", self.normalize, NORMALIZE)
+        choice("normalize", self.normalize, NORMALIZE)
         for unit in self.forgetting:
-            _choice("forgetting", unit, FORGETTING)
+            choice("forgetting", unit, FORGETTING)
         for step in self.steps:
             _steps(step)
         for name in ("forgetting", "steps", "beta"):
@@ -90,30 +83,30 @@ class CompareSpec:
             if len(set(value)) != len(value):
                 raise SpecError(f"{name} names a value twice: {list(value)}")
         for beta in self.beta:
-            _number("beta", beta, above=0)
+            number("beta", beta, above=0)
         for kind in KINDS:
             for level in getattr(self, kind):
-                _number(kind, level, least=0, most=math.inf if kind == "noise" else 1)
+                number(kind, level, least=0, most=math.inf if kind == "noise" else 1)
         if not self.levels and self.queries is None:
             raise SpecError(f"nothing to ask: give levels for at least one of {', '.join(KINDS)}, or queries")
 
     def _check_numbers(self) -> None:
         for name in ("samples", "max_steps", "reference_max_steps", "resamples", "threads"):
-            _whole(name, getattr(self, name), least=1)
+            whole(name, getattr(self, name), least=1)
         for name in ("trajectories", "spectrum", "seed"):
-            _whole(name, getattr(self, name), least=0)
+            whole(name, getattr(self, name), least=0)
         if self.stored is not None:
-            _whole("stored", self.stored, least=1)
+            whole("stored", self.stored, least=1)
         for name in ("max_error", "reference_rtol"):
-            _number(name, getattr(self, name), above=0)
-        _tolerances(self.rtol, self.atol)
+            number(name, getattr(self, name), above=0)
+        tolerances(self.rtol, self.atol)
         if not 0 < self.confidence < 1:
             raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
         if self.shape is not None:
             if len(self.shape) != 2:
                 raise SpecError(f"shape must be height and width, got {list(self.shape)}")
             for side in self.shape:
-                _whole("shape", side, least=1)
+                whole("shape", side, least=1)
 
     def _check_files(self) -> None:
         if self.queries is not None and self.patterns is None:
@@ -146,23 +139,23 @@ class RetrieveSpec:
     Raises SpecError for a value that makes no sense.
     """
 
-    patterns: str = _option("", "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images")
-    queries: str = _option("", "queries, in a file or folder of one of these kinds")
-    out: str = _option("", "file of the recall: .npz everything, .npy or .csv only what was recalled")
-    values: str | None = _option(None, "file of what is read out instead of the patterns, one row a pattern")
-    normalize: str = _option("none", f"patterns and queries before storing: one of {', '.join(NORMALIZE)}")
-    beta: float = _option(1.0, "inverse temperature")
-    forgetting: str = _option("none", f"one of {', '.join(FORGETTING)}")
-    separation: str = _option("softmax", "softmax, sparsemax, ...")
-    steps: Steps = _option(CONVERGED, "number of softmaxes (1 is attention), or 'converged'")
-    inject: str = _option("start", "where the query enters: start or input")
-    inject_weight: float = _option(1.0, "weight of the query with inject 'input'")
-    solver: str = _option("auto", "solver of a converged run")
-    rtol: float = _option(1e-5, "relative tolerance")
-    atol: float = _option(1e-8, "absolute tolerance")
-    max_steps: int = _option(200, "step limit of a converged run")
-    dtype: str = _option("float32", "precision of the run: float32 or float64")
-    batch: int = _option(1024, "queries at a time: bounds the memory to batch x patterns numbers")
+    patterns: str = option("", "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images")
+    queries: str = option("", "queries, in a file or folder of one of these kinds")
+    out: str = option("", "file of the recall: .npz everything, .npy or .csv only what was recalled")
+    values: str | None = option(None, "file of what is read out instead of the patterns, one row a pattern")
+    normalize: str = option("none", f"patterns and queries before storing: one of {', '.join(NORMALIZE)}")
+    beta: float = option(1.0, "inverse temperature")
+    forgetting: str = option("none", f"one of {', '.join(FORGETTING)}")
+    separation: str = option("softmax", "softmax, sparsemax, ...")
+    steps: Steps = option(CONVERGED, "number of softmaxes (1 is attention), or 'converged'")
+    inject: str = option("start", "where the query enters: start or input")
+    inject_weight: float = option(1.0, "weight of the query with inject 'input'")
+    solver: str = option("auto", "solver of a converged run")
+    rtol: float = option(1e-5, "relative tolerance")
+    atol: float = option(1e-8, "absolute tolerance")
+    max_steps: int = option(200, "step limit of a converged run")
+    dtype: str = option("float32", "precision of the run: float32 or float64")
+    batch: int = option(1024, "queries at a time: bounds the memory to batch x patterns numbers")
 
     def __post_init__(self) -> None:
         for name in ("patterns", "queries", "out"):
@@ -170,49 +163,15 @@ class RetrieveSpec:
                 raise SpecError(f"{name} is missing: give a file")
         choices = (("forgetting", FORGETTING), ("normalize", NORMALIZE), ("inject", ("start", "input")))
         for name, allowed in (*choices, ("dtype", ("float32", "float64"))):
-            _choice(name, getattr(self, name), allowed)
+            choice(name, getattr(self, name), allowed)
         _steps(self.steps)
-        _number("beta", self.beta, above=0)
-        _number("inject_weight", self.inject_weight)
-        _tolerances(self.rtol, self.atol)
+        number("beta", self.beta, above=0)
+        number("inject_weight", self.inject_weight)
+        tolerances(self.rtol, self.atol)
         for name in ("max_steps", "batch"):
-            _whole(name, getattr(self, name), least=1)
-
-
-def did_you_mean(name: object, allowed: Iterable[str]) -> str:
-    """' Did you mean ...?' with the nearest allowed name, or nothing where none is near."""
-    near = difflib.get_close_matches(str(name), list(allowed), n=1)
-    return f". Did you mean {near[0]!r}?" if near else ""
-
-
-def _number(
-    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SpecError(f"{name} must be a finite number, got {value!r}")
-    if value <= above or value < least or value > most:
-        limits = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
-        limits += [f"at most {most:g}"] * (most < math.inf)
-        raise SpecError(f"{name} must be {' and '.join(limits)}, got {value!r}")
-
-
-def _whole(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SpecError(f"{name} {value!r} is not one of {list(allowed)}{did_you_mean(value, allowed)}")
+            whole(name, getattr(self, name), least=1)
 
 
 def _steps(value: object) -> None:
     if value != CONVERGED and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise SpecError(f"steps must be whole numbers of at least 1 or {CONVERGED!r}, got {value!r}")
-
-
-def _tolerances(rtol: float, atol: float) -> None:
-    _number("rtol", rtol, least=0)
-    _number("atol", atol, least=0)
-    if not rtol + atol > 0:
-        raise SpecError("rtol and atol are both 0: no solve would ever count as converged")

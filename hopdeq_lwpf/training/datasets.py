@@ -1,0 +1,103 @@
+"""Data to train on by name, as LightningDataModules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from hopdeq_lwpf._types import unknown
+from hopdeq_lwpf.data import load_digits, modules
+from hopdeq_lwpf.data.bags import ImageBagOptions
+from hopdeq_lwpf.data.bit_pattern import BitPatternOptions
+from hopdeq_lwpf.data.latch import LatchOptions
+
+
+class Digits(LightningDataModule):
+    """The 1,797 handwritten digits as batches (pictures (B, 64) in [0, 1], classes (B,)).
+
+    batch_size: samples a batch. validation: share held out, drawn with `seed`, the same for every run.
+    """
+
+    def __init__(self, batch_size: int = 32, validation: float = 0.2, seed: int = 0) -> None:
+        super().__init__()
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+        if not 0 < validation < 1:
+            raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
+        self.batch_size = batch_size
+        self.validation = validation
+        self.seed = seed
+        self.parts: dict[str, TensorDataset] = {}
+
+    def setup(self, stage: str) -> None:
+        pictures, digits = load_digits()
+        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(self.seed))
+        held = round(self.validation * len(digits))
+        for name, rows in (("val", order[:held]), ("train", order[held:])):
+            self.parts[name] = TensorDataset(pictures[rows], digits[rows])
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts["train"], self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts["val"], self.batch_size)
+
+
+Options = dict[str, type]
+# What a data module is made of: its options classes by argument, and the arguments of its own.
+DATASETS: dict[str, tuple[Callable[..., LightningDataModule], Options, tuple[str, ...]]] = {
+    "digits": (Digits, {}, ("batch_size", "validation", "seed")),
+    "bit_pattern": (modules.BitPatternDataModule, {"task": BitPatternOptions}, ()),
+    "latch": (modules.LatchDataModule, {"task": LatchOptions}, ()),
+    "image_bags": (
+        modules.ImageBagDataModule,
+        {"task": ImageBagOptions},
+        ("pictures", "folder", "num_test_bags"),
+    ),
+    "mil": (
+        modules.MilDataModule,
+        {"split": modules.FoldOptions},
+        ("name", "folder", "standardize"),
+    ),
+}
+LOADING = ("batch_size", "workers")
+DEFAULTS = {"mil": {"folds": 10}}  # where the module has others than the class
+
+
+def build_data(settings: Mapping[str, Any], seed: int = 0) -> LightningDataModule:
+    """A data module from {"data": name, **options}.
+
+    The options are those of the module and of the classes that it takes (task, folds, batch size, workers), in
+    one mapping. seed: of the order of training, where the data has one of its own.
+    An unknown name or option is a ValueError with the nearest.
+    """
+    name = settings.get("data")
+    if name not in DATASETS:
+        raise unknown("data", name, DATASETS)
+    kind, classes, own = DATASETS[name]
+    fields = {argument: [field.name for field in dataclasses.fields(c)] for argument, c in classes.items()}
+    loading = () if name == "digits" else LOADING
+    allowed = {*own, *loading, *(field for names in fields.values() for field in names)}
+    options = {key: value for key, value in settings.items() if key != "data"}
+    for key in options:
+        if key not in allowed:
+            raise unknown(f"option of data {name!r}:", key, allowed)
+    built: dict[str, Any] = {key: options[key] for key in own if key in options}
+    for argument, names in fields.items():
+        given = {key: _tuple(options[key]) for key in names if key in options}
+        if given:
+            built[argument] = classes[argument](**{**DEFAULTS.get(name, {}), **given})
+    if loading:
+        given = {key: options[key] for key in loading if key in options}
+        built["loading"] = modules.LoadingOptions(**given, seed=seed)
+    return kind(**built)
+
+
+def _tuple(value: Any) -> Any:
+    """Lists, as YAML writes them, as the tuples of frozen settings."""
+    return tuple(value) if isinstance(value, list) else value
