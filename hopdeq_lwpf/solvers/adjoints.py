@@ -108,22 +108,30 @@ class Implicit:
 
     def _rescue(self, system: System, rtol: float, outcome: LinearOutcome) -> tuple[LinearOutcome, str]:
         """Rows where CG met negative curvature by MINRES; by GMRES where rounding of f spoils the symmetry."""
-        name, lost = "cg", outcome.result == int(Result.DIVERGED)
-        for rescue, solve in (("minres", minres), ("gmres", gmres)):
-            if not bool(lost.any()):
-                break
-            # A row without a gradient is done at once, so that only the lost ones take steps.
-            rest = dataclasses.replace(system, g=pick(lost, system.g, torch.zeros_like(system.g)))
-            second = solve(rest, rtol, self.max_steps)
-            name = f"{name}+{rescue}"
-            outcome = LinearOutcome(
-                pick(lost, second.u, outcome.u),
-                torch.where(lost, second.result, outcome.result),
-                torch.where(lost, second.residual, outcome.residual),
-                outcome.steps + torch.where(lost, second.steps, 0),
-            )
-            lost = lost & (outcome.residual > max(rtol, FLOOR * system.eps))
-        return outcome, name
+        lost = outcome.result == int(Result.DIVERGED)
+        if not bool(lost.any()):
+            return outcome, "cg"
+        outcome = _replaced(lost, minres(_only(lost, system), rtol, self.max_steps), outcome)
+        lost = lost & (outcome.residual > max(rtol, FLOOR * system.eps))
+        if not bool(lost.any()):
+            return outcome, "cg+minres"
+        start = pick(lost, outcome.u, torch.zeros_like(outcome.u))
+        second = gmres(_only(lost, system), rtol, self.max_steps, start)
+        return _replaced(lost, second, outcome), "cg+minres+gmres"
+
+
+def _only(rows: Tensor, system: System) -> System:
+    """The system of these rows; the others have no gradient, so that they are done at once."""
+    return dataclasses.replace(system, g=pick(rows, system.g, torch.zeros_like(system.g)))
+
+
+def _replaced(rows: Tensor, new: LinearOutcome, old: LinearOutcome) -> LinearOutcome:
+    return LinearOutcome(
+        pick(rows, new.u, old.u),
+        torch.where(rows, new.result, old.result),
+        torch.where(rows, new.residual, old.residual),
+        old.steps + torch.where(rows, new.steps, 0),
+    )
 
 
 @dataclass(frozen=True)
