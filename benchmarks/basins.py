@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from benchmarks.problems import RetrievalProblem, regimes
+from hopdeq_lwpf import Solution
 from hopdeq_lwpf.data import Preprocessing, load_digits
+from hopdeq_lwpf.diagnostics import basin_changed, picard_limit
 from hopdeq_lwpf.solvers import LBFGS, Anderson, Broyden, Picard, Solver, Termination, fixed_point
 
 SOLVERS: dict[str, str | Solver] = {
@@ -16,21 +17,15 @@ SOLVERS: dict[str, str | Solver] = {
     "anderson": Anderson(),
     "broyden": Broyden(),
 }
-SAME = 0.05  # relative distance to the float64 limit within which it is the same attractor
+# Near enough to the end of plain iteration to tell it from any other attractor.
+EXACT = Termination(rtol=1e-11, atol=1e-13, max_steps=30_000)
 
 
-def limit(problem: RetrievalProblem) -> Tensor:
-    """Where plain iteration in float64 ends: (B, d)."""
-    f, x, z0 = problem.build(torch.float64)
-    stop = Termination(rtol=1e-11, atol=1e-13, max_steps=30_000)
-    with torch.no_grad():
-        solution = fixed_point(f, x, z0, solver="picard", stop=stop)
-    return solution.require().state
-
-
-def changed(state: Tensor, end: Tensor) -> Tensor:
-    """Which queries ended elsewhere, (B,) bool."""
-    return (state.double() - end).norm(dim=-1) > SAME * end.norm(dim=-1).clamp_min(1e-9)
+def reference(problem: RetrievalProblem) -> Solution:
+    """Where plain iteration in float64 ends; every query gets there."""
+    limit = picard_limit(*problem.build(torch.float64), stop=EXACT)
+    limit.require()
+    return limit
 
 
 def digits(beta: float, queries: int = 256) -> RetrievalProblem:
@@ -50,7 +45,7 @@ def run() -> list[dict[str, object]]:
         problems[f"digits, beta {beta:g}"] = digits(beta)
     rows: list[dict[str, object]] = []
     for name, problem in problems.items():
-        end = limit(problem)
+        end = reference(problem)
         f, x, z0 = problem.build()
         for solver_name, solver in SOLVERS.items():
             with torch.no_grad():
@@ -60,7 +55,7 @@ def run() -> list[dict[str, object]]:
                     "regime": name,
                     "solver": solver_name,
                     "queries": len(z0),
-                    "changed": int(changed(solution.state, end).sum()),
+                    "changed": int(basin_changed(solution.state, end).sum()),
                     "unconverged": int((~solution.converged).sum()),
                     "evaluations": round(float(solution.evaluations.double().mean()), 1),
                 }

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.basins import SOLVERS, changed, limit
+from benchmarks.basins import SOLVERS, reference
 from benchmarks.peers import PEERS, measure, residual
 from benchmarks.problems import PROBLEMS
 from benchmarks.timing import interleaved
 from hopdeq_lwpf._types import Solution
+from hopdeq_lwpf.diagnostics import basin_changed
 from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext
 from hopdeq_lwpf.solvers import Solver, Termination, fixed_point
 
@@ -27,12 +28,12 @@ def _solve(
         return fixed_point(f, x, z0, solver=solver, stop=stop)
 
 
-def _row(name: str, state: Tensor, end: Tensor, worst: Tensor, tolerance: float) -> dict[str, object]:
+def _row(name: str, state: Tensor, end: Solution, worst: Tensor, tolerance: float) -> dict[str, object]:
     return {
         "solver": name,
         "worst": float(worst.nan_to_num(1e9).max()),
         "unconverged": int((~(worst <= tolerance)).sum()),
-        "changed": int(changed(state, end).sum()),
+        "changed": int(basin_changed(state, end).sum()),
     }
 
 
@@ -41,7 +42,7 @@ def run(names: tuple[str, ...] = tuple(PROBLEMS)) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name in names:
         problem = PROBLEMS[name]()
-        end = limit(problem)
+        end = reference(problem)
         for dtype, tolerance in CASES:
             f, x, z0 = problem.build(dtype)
             g = partial(f.forward, x=x)

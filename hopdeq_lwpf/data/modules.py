@@ -81,7 +81,7 @@ class TaskDataModule(LightningDataModule):
 
     def build(self) -> Sets:
         """The three sets; made once, by the first `setup`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override build()")
 
     def setup(self, stage: str | None = None) -> None:
         """Make the data sets, whatever the stage: they come from one draw or one file."""

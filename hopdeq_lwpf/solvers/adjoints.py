@@ -15,14 +15,19 @@ from hopdeq_lwpf.solvers import transforms
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Solver, check_count, check_number, pick, transformed
 from hopdeq_lwpf.solvers.implicit import attach, gradient_of
-from hopdeq_lwpf.solvers.linear import LinearOutcome, System, conjugate_gradient, gmres, minres, neumann
+from hopdeq_lwpf.solvers.linear import (
+    FLOOR,
+    LinearOutcome,
+    System,
+    conjugate_gradient,
+    gmres,
+    minres,
+    neumann,
+)
 from hopdeq_lwpf.solvers.loop import Outcome, run
 from hopdeq_lwpf.solvers.picard import Picard
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
-
-# An adjoint residual of so many units in the last place of f passes for converged.
-FLOOR = 50
 
 
 class Adjoint(Protocol):

@@ -10,6 +10,9 @@ from torch import Tensor
 from hopdeq_lwpf._types import Matvec, Result, identity
 from hopdeq_lwpf.solvers.base import pick
 
+# A residual of so many units in the last place of f passes for converged: rounding leaves no less.
+FLOOR = 50
+
 
 @dataclass(frozen=True)
 class System:
@@ -144,11 +147,7 @@ def minres(system: System, rtol: float, max_steps: int) -> LinearOutcome:
     residual = torch.linalg.vector_norm(left(system.residual(u)), dim=-1)
     residual = torch.where(residual == 0, residual, residual / size)
     # The recurrence and the true residual part by rounding, which grows with the condition of the system.
-    return LinearOutcome(u, _codes(residual <= rtol + SLACK * system.eps, residual), residual, count)
-
-
-# Units in the last place by which the residual of a short recurrence may miss the tolerance.
-SLACK = 50
+    return LinearOutcome(u, _codes(residual <= rtol + FLOOR * system.eps, residual), residual, count)
 
 
 def gmres(
@@ -189,7 +188,7 @@ def neumann(system: System, terms: int) -> LinearOutcome:
     size = torch.linalg.vector_norm(system.g, dim=-1)
     rest = torch.linalg.vector_norm(system.product(term), dim=-1)
     residual = torch.where(rest == 0, rest, rest / size)
-    done = residual <= max(1e-6, SLACK * system.eps)
+    done = residual <= max(1e-6, FLOOR * system.eps)
     return LinearOutcome(u, _codes(done, residual), residual, torch.full_like(_no_steps(size), terms))
 
 

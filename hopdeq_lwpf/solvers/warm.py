@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hopdeq_lwpf._types import Solution, State, plain
+from hopdeq_lwpf._types import Solution, State
 from hopdeq_lwpf.solvers.base import transformed
 
 
@@ -109,7 +109,7 @@ def _check(index: Tensor, state: State) -> list[int]:
         raise ValueError(
             f"index must have shape (B,) as the batch {sorted(map(tuple, batch))}, got {tuple(index.shape)}"
         )
-    names: list[int] = plain(index).tolist()
+    names: list[int] = index.tolist()
     if len(set(names)) < len(names):
         raise ValueError("index holds a sample twice; each problem of a batch needs a number of its own")
     return names
