@@ -49,7 +49,8 @@ class FixedPointFunction(Protocol):
     `state_ndim`: how many trailing dimensions form one problem (retrieval 1; default: all but dim 0).
     `has_energy`: whether plain iteration is guaranteed to lower `energy`.
     `energy(z, x)`: one value a problem, shape `z.shape[:-state_ndim]`.
-    `evaluate(z, x)`: (f, energy, piece) at the price of one, called where it is there. Between two states of
+    `evaluate(z, x)`: (f, energy, piece) at the price of one, called where it is there. energy: a tensor, or a
+    function that makes it from what f computed, since solvers ask for few of them. Between two states of
     different piece, one number a problem, f has a kink (forgetting: how many patterns are kept); None: smooth.
     `metric(z, x)`: applies a symmetric positive definite M(z) for which M df/dz is self-adjoint; None: not known.
     `inject`: "input" says that the query enters every step, so that z0 may be detached without loss.

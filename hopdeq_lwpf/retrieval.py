@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -189,13 +190,14 @@ class Retrieval(nn.Module):
         held = _times(weights, kept)
         return self._image(z, held if self.mask_in_loop else weights, x), self._association(z, held)
 
-    def evaluate(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f(z, x), E(z, x) and the piece of f that z lies in, (*batch, d), (*batch), (*batch), in one pass.
+    def evaluate(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
+        """f(z, x), a function that makes E(z, x) from what that took, and the piece of f that z lies in; (*batch, d),
+        (*batch), (*batch).
 
         The piece: how many patterns are kept, for LSR which ones are active; None where f is smooth.
         """
         value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
-        weights, lagrangian = self.separation.weights_and_lagrangian(value, x.mask)
+        weights, lagrangian = self.separation.weights_then_lagrangian(value, x.mask)
         held = _times(weights, kept)
         piece = None
         if self._compact:
@@ -203,7 +205,7 @@ class Retrieval(nn.Module):
         elif kept is not None:
             piece = _piece(weights, held, kept).reshape(z.shape[:-1])
         image = self._image(z, held if self.mask_in_loop else weights, x)
-        return image, self._energy(z, lagrangian, x), piece
+        return image, lambda: self._energy(z, lagrangian(), x), piece
 
     def energy(self, z: Tensor, x: RetrievalContext) -> Tensor:
         """E(z): (*batch, d) -> (*batch). Ota et al. 2023, eq. 28, with beta and the injected query.

@@ -147,7 +147,7 @@ def test_the_energy_of_a_biased_retrieval_is_the_potential_of_its_update(unit):
     (gradient,) = torch.autograd.grad(f.energy(q, x).sum(), q)
     assert_close(f(q, x) - q, -gradient, **EXACT)
     value, energy, _ = f.evaluate(q, x)
-    assert_close((value, energy), (f(q, x), f.energy(q, x)), **EXACT)
+    assert_close((value, energy()), (f(q, x), f.energy(q, x)), **EXACT)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([None, "relu", "pfu"]), st.floats(0.1, 8.0))

@@ -260,3 +260,35 @@ def test_registered_solver_is_known_by_its_name():
             register_solver("half picard", Picard)
     finally:
         del solvers.SOLVERS["half picard"]
+
+
+def energies_asked_for(beta):
+    """How many energies the default solver asked for, and how many evaluations it made."""
+    asked, evaluated = [], []
+
+    class Counting(Retrieval):
+        def evaluate(self, z, x):
+            image, energy, piece = super().evaluate(z, x)
+            evaluated.append(1)
+            return image, lambda: (asked.append(1), energy())[1], piece
+
+    f = Counting(beta)
+    patterns = normal(40, 16) / 4
+    query = normal(8, 16, seed=2) / 4
+    assert fixed_point(f, f.prepare(query, patterns), query).converged.all()
+    return len(asked), len(evaluated)
+
+
+def test_energies_are_computed_only_where_a_query_is_accelerated():
+    easy, _ = energies_asked_for(0.5)
+    hard, evaluated = energies_asked_for(4.0)
+    assert easy == 0
+    assert 0 < hard < evaluated
+
+
+def test_a_row_is_left_to_plain_steps_that_will_do():
+    fast, slow = torch.full((1, 3), 1e-3), torch.full((1, 3), 0.9)
+    now = solvers.base.Iterate(2, torch.ones(2, 3), torch.ones(2, 3), None, None, None, 1e-7, 1e-5)
+    r, before = torch.cat([fast, slow]), torch.ones(2, 3)
+    assert solvers.LBFGS()._slow(r, before, now).tolist() == [False, True]
+    assert solvers.LBFGS(patience=0)._slow(r, before, now).tolist() == [True, True]

@@ -119,7 +119,7 @@ class ThreeSources(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.memory = Equilibrium(LearnedMemory())
+        self.memory = Equilibrium(LearnedMemory(), solver="picard")
         self.head = nn.Linear(64, 10)
         nn.init.zeros_(self.head.weight)
         self.dropout = nn.Dropout(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ class Separation:
     """Base of the separation functions. Those without parameters may be shared by any number of models.
 
     A new one overrides `weights_of` and `lagrangian_of`, which see logits (*batch, N) with N >= 1 in float32
-    or wider, masked entries -inf, and no row that is masked entirely; and `both_of` where the two share work.
+    or wider, masked entries -inf, and no row that is masked entirely; and `both_of` where the two share
+    work, or `deferred_of` where the weights make the Lagrangian cheaper without giving it.
     A function with something to learn is an `nn.Module` too, as `Entmax` is, so that the model that holds it
     lists its parameters.
 
@@ -38,6 +40,11 @@ class Separation:
     def both_of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """p(s) and L(s)."""
         return self.weights_of(logits), self.lagrangian_of(logits)
+
+    def deferred_of(self, logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """p(s), and a function that makes L(s)."""
+        weights, lagrangian = self.both_of(logits)
+        return weights, lambda: lagrangian
 
     def weights(self, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         """p(s), in the dtype of the scores: (*batch, N) -> (*batch, N).
@@ -63,11 +70,18 @@ class Separation:
 
     def weights_and_lagrangian(self, scores: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`weights` and `lagrangian` for little more than the price of the first."""
+        weights, lagrangian = self.weights_then_lagrangian(scores, mask)
+        return weights, lagrangian()
+
+    def weights_then_lagrangian(
+        self, scores: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """`weights`, and a function that makes `lagrangian` from them for little."""
         if not scores.shape[-1]:
-            return scores, wide(scores).sum(-1)
+            return scores, lambda: wide(scores).sum(-1)
         logits, nothing_left = _logits(scores, mask)
-        weights, lagrangian = self.both_of(logits)
-        return _clear(weights, nothing_left).to(scores.dtype), _clear(lagrangian, nothing_left, -1)
+        weights, lagrangian = self.deferred_of(logits)
+        return _clear(weights, nothing_left).to(scores.dtype), lambda: _clear(lagrangian(), nothing_left, -1)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,11 +30,16 @@ class Softmax(Separation):
         return (logits - top).exp().sum(-1).log() + top.squeeze(-1)
 
     def both_of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, the second from the first."""
+        weights, lagrangian = self.deferred_of(logits)
+        return weights, lagrangian()
+
+    def deferred_of(self, logits: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         """Both; where no gradient is recorded, L = max s - log max p, two passes over the scores."""
         weights = self.weights_of(logits)
         if weights.requires_grad:
-            return weights, self.lagrangian_of(logits)
-        return weights, logits.amax(-1) - weights.amax(-1).log()
+            return weights, lambda: self.lagrangian_of(logits)
+        return weights, lambda: logits.amax(-1) - weights.amax(-1).log()
 
 
 class Softmax1(Separation):

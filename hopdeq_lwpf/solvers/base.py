@@ -16,6 +16,23 @@ from hopdeq_lwpf._types import Matvec
 Memory: TypeAlias = Any
 
 
+class Deferred:
+    """One number a row, computed when it is first asked for: of most iterates nobody wants the energy."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute = compute
+        self._value: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    def take(self, rows: Tensor) -> Deferred:
+        """The same of these rows."""
+        return Deferred(lambda: self().index_select(0, rows))
+
+
 @dataclass(frozen=True)
 class Iterate:
     """What a solver sees: everything is one row a problem."""
@@ -23,7 +40,7 @@ class Iterate:
     step: int
     z: Tensor  # (B, n)
     fz: Tensor  # (B, n)
-    energy: Tensor | None  # (B,), only where the solver uses it and f has it
+    energy: Deferred | None  # () -> (B,), only where the solver uses it and f has it
     piece: Tensor | None  # (B,), beside the energy; changes where f has a kink
     metric: Matvec | None
     eps: float  # relative rounding of f

@@ -26,8 +26,7 @@ class _Pair(NamedTuple):
 class _Memory(NamedTuple):
     z: Tensor
     r: Tensor
-    merit: Tensor | None  # (B,): energy, or the log of the residual where f has none; None without a guard
-    slack: Tensor  # (B, 1): by how much rounding may raise the merit
+    merit: Tensor | None  # (B,): energy, or the log of the residual where f has none; None where nobody asks
     floor: Tensor  # (B, 1): squared step below which its pair is rounding noise
     piece: Tensor | None  # (B,)
     pairs: tuple[_Pair, ...]
@@ -50,6 +49,7 @@ class LBFGS:
     memory: pairs kept; the slow directions of a cluster are few, more than 4 gain nothing.
     warmup: plain steps before the first that may be accelerated.
     align: cosine between consecutive residuals from which on a row is accelerated; -1 accelerates at once.
+    patience: a row is left to plain steps where so many more of them will do, as its last residuals tell.
     step_cap: longest step, in residuals: nearly singular pairs propose steps that only cost an evaluation.
     guard: whether steps are taken back. Off, it saves a fifth of the time and changes basins where patterns
     are forgotten.
@@ -58,6 +58,7 @@ class LBFGS:
     memory: int = 4
     warmup: int = 2
     align: float = 0.99
+    patience: int = 3
     step_cap: float = 30.0
     guard: bool = True
 
@@ -67,6 +68,7 @@ class LBFGS:
         check_count("memory", self.memory, 1)
         check_count("warmup", self.warmup, 1)
         check_number("align", self.align, -1.0, 1.0)
+        check_count("patience", self.patience, 0)
         check_number("step_cap", self.step_cap, 1.0)
 
     @property
@@ -77,31 +79,38 @@ class LBFGS:
         if now.step < self.warmup - 1:
             return now.fz, None
         r = now.fz - now.z
-        merit = self._merit(now, r)
         if memory is None:
-            return now.fz, _first(now, r, merit)
+            return now.fz, _first(now, r)
         old: _Memory = memory
         pairs = (*old.pairs, _pair(old, now, r))[-self.memory :]
         accelerated = old.accelerated
         if not bool(accelerated.all()):
-            accelerated = accelerated | self._aligned(r, old.r)
-        new = old._replace(z=now.z, r=r, merit=merit, piece=now.piece, pairs=pairs, accelerated=accelerated)
-        if merit is not None and old.merit is not None:
-            new = self._guarded(old, new, merit > old.merit + old.slack[:, 0])
+            accelerated = accelerated | self._slow(r, old.r, now)
+        new = old._replace(z=now.z, r=r, merit=None, piece=now.piece, pairs=pairs, accelerated=accelerated)
+        new = self._guarded(old, new, now) if self.guard else new
+        plain = new.z + new.r
+        # Rows decide for themselves; where none is accelerated, as in easy problems, nothing more is computed.
+        if not bool(new.accelerated.any()):
+            return plain, new
+        if self.guard and new.merit is None:
+            new = new._replace(merit=_merit(now, r))
         step = self._cap(_direction(new.r, new.pairs), new.r)
-        if not bool(new.accelerated.all()):
-            step = pick(new.accelerated, step, new.r)
-        return new.z + step, new
+        return pick(new.accelerated, new.z + step, plain), new
 
-    def _guarded(self, old: _Memory, new: _Memory, worse: Tensor) -> _Memory:
+    def _guarded(self, old: _Memory, new: _Memory, now: Iterate) -> _Memory:
         """`new` with the steps taken back that raised the merit or crossed a kink."""
+        crossed = None
         if new.piece is not None and old.piece is not None:
             crossed = new.piece != old.piece
-            worse = worse | crossed
             if bool(crossed.any()):
                 accelerated = new.accelerated & ~crossed
                 new = new._replace(accelerated=accelerated, pairs=_without(crossed, new.pairs))
-        worse = worse & old.accelerated
+        if old.merit is None:  # no row was accelerated
+            return new
+        new = new._replace(merit=_merit(now, new.r))
+        assert new.merit is not None
+        worse = new.merit > old.merit + _slack(old, now)
+        worse = (worse if crossed is None else worse | crossed) & old.accelerated
         return _take_back(old, new, worse) if bool(worse.any()) else new
 
     def _cap(self, step: Tensor, r: Tensor) -> Tensor:
@@ -111,28 +120,33 @@ class LBFGS:
             return step
         return step * (limit / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
 
-    def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
-        lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)
-        return (r * before).sum(-1) > self.align * lengths
-
-    def _merit(self, now: Iterate, r: Tensor) -> Tensor | None:
-        """What an accelerated step must not raise."""
-        if not self.guard:
-            return None
-        return now.energy if now.energy is not None else torch.linalg.vector_norm(r, dim=-1).log()
+    def _slow(self, r: Tensor, before: Tensor, now: Iterate) -> Tensor:
+        """Rows whose residual keeps its direction, and that plain steps would not finish soon."""
+        length, longer = torch.linalg.vector_norm(r, dim=-1), torch.linalg.vector_norm(before, dim=-1)
+        aligned = (r * before).sum(-1) > self.align * length * longer
+        # The residual falls by length / longer a step.
+        soon = length * (length / longer) ** self.patience
+        return aligned & ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
 
 
-def _first(now: Iterate, r: Tensor, merit: Tensor | None) -> _Memory:
-    """The memory before there is a pair, with the scale of rounding: a few units in the last place."""
-    size = now.z.square().sum(-1, keepdim=True)
-    floor = (4 * now.eps) ** 2 * size
-    if now.energy is None or merit is None:
-        # The log of a residual may rise by log 2.
-        slack = torch.full_like(size, math.log(2.0))
-    else:
-        slack = 8 * now.eps * (2 * merit.abs()[:, None] + size)
+def _merit(now: Iterate, r: Tensor) -> Tensor:
+    """What an accelerated step must not raise, (B,)."""
+    return now.energy() if now.energy is not None else torch.linalg.vector_norm(r, dim=-1).log()
+
+
+def _slack(old: _Memory, now: Iterate) -> Tensor | float:
+    """By how much rounding may raise the merit: a few units in the last place, (B,)."""
+    if now.energy is None:
+        return math.log(2.0)  # of a residual
+    assert old.merit is not None
+    return 8 * now.eps * (2 * old.merit.abs() + old.z.square().sum(-1))
+
+
+def _first(now: Iterate, r: Tensor) -> _Memory:
+    """The memory before there is a pair."""
+    floor = (4 * now.eps) ** 2 * now.z.square().sum(-1, keepdim=True)
     none = torch.zeros_like(r[:, 0], dtype=torch.bool)
-    return _Memory(now.z, r, merit, slack, floor, now.piece, (), none)
+    return _Memory(now.z, r, None, floor, now.piece, (), none)
 
 
 def _take_back(old: _Memory, new: _Memory, worse: Tensor) -> _Memory:

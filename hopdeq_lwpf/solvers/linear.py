@@ -79,6 +79,7 @@ def conjugate_gradient(system: System, rtol: float, max_steps: int) -> LinearOut
     done = rr <= goal
     broken = torch.zeros_like(done)
     count = _no_steps(g)
+    tiny = torch.finfo(g.dtype).tiny
     for _ in range(max_steps):
         active = ~(done | broken)
         if not bool(active.any()):
@@ -89,11 +90,15 @@ def conjugate_gradient(system: System, rtol: float, max_steps: int) -> LinearOut
         broken = broken | (active & ~(curvature > 0))
         move = active & ~broken
         alpha = torch.where(move, rr / curvature, 0.0)[:, None]
-        w = pick(move, w + alpha * p, w)
-        r = pick(move, r - alpha * ap, r)
-        rr_next = r.square().sum(-1)
-        p = pick(move, r + (rr_next / rr.clamp_min(torch.finfo(rr.dtype).tiny))[:, None] * p, p)
-        rr = rr_next
+        w_next, r_next = torch.addcmul(w, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
+        rr_next = r_next.square().sum(-1)
+        p_next = torch.addcmul(r_next, (rr_next / rr.clamp_min(tiny))[:, None], p)
+        if bool(move.all()):
+            w, r, rr, p = w_next, r_next, rr_next, p_next
+        else:
+            # A selection, so that a row that has met NaN stays as it was.
+            w, r, p = pick(move, w_next, w), pick(move, r_next, r), pick(move, p_next, p)
+            rr = torch.where(move, rr_next, rr)
         done = done | (move & (rr <= goal))
     residual = _relative(rr, goal, rtol)
     return LinearOutcome(right(w), _codes(done, residual, broken), residual, count)

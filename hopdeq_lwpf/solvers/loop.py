@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import Result, Trace
-from hopdeq_lwpf.solvers.base import Iterate, Memory, Solver, pick, take
+from hopdeq_lwpf.solvers.base import Deferred, Iterate, Memory, Solver, pick, take
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
 
@@ -145,12 +145,12 @@ class Course:
         """Whether every problem has stopped."""
         return not self.work.remaining
 
-    def evaluate(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def evaluate(self) -> tuple[Tensor, Deferred | None, Tensor | None]:
         """f, energy and piece at `work.z`; the next evaluation belongs to the next step."""
         work = self.work
         fz, energy, piece = work.f.evaluate(work.z) if self.want_energy else (work.f(work.z), None, None)
         if self.history is not None:
-            self.history.add(work, fz, energy)
+            self.history.add(work, fz, None if energy is None else energy())
         if self.stop.checks(self.step):
             _test(work, self.outcome, fz, self.stop, self.step, early=self.step < self.least)
         self.step += 1
@@ -191,7 +191,8 @@ def run(
             break
         keep = work.drop() if drop and stop.checks(step) else None
         if keep is not None:
-            fz, energy, piece = take((fz, energy, piece), keep)
+            fz, piece = take((fz, piece), keep)
+            energy = None if energy is None else energy.take(keep)
         metric = work.f.metric(work.z) if solver.uses_metric else None
         now = Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
         with f.full_precision():

@@ -120,7 +120,7 @@ def _apply(f: FlatFunction, z: Tensor, steps: int, stop: Termination, trace: boo
             residuals.append(judge_step(before, z, stop)[1].reshape(shape))
             if f.has_energy:
                 with torch.no_grad():
-                    energies.append(f.evaluate(before)[1].reshape(shape))
+                    energies.append(f.evaluate(before)[1]().reshape(shape))
     result, residual = judge_step(before, z, stop)
     value = f.view.unflatten(z)
     count = torch.full_like(result, steps).reshape(shape)

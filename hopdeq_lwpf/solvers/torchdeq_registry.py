@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hopdeq_lwpf._types import Context, Result, State, unknown
 from hopdeq_lwpf.solvers.allocator import settle
-from hopdeq_lwpf.solvers.base import Solver, take
+from hopdeq_lwpf.solvers.base import Deferred, Solver, take
 from hopdeq_lwpf.solvers.loop import Outcome, run
 from hopdeq_lwpf.solvers.registry import SOLVERS, choose_solver, make_solver
 from hopdeq_lwpf.solvers.termination import Termination
@@ -265,7 +265,7 @@ class _Recorded(FlatFunction):
         self.record.add(flat, fz, self.rows)
         return fz
 
-    def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate(self, flat: Tensor) -> tuple[Tensor, Deferred, Tensor | None]:
         found = self.inner.evaluate(flat)
         self.record.add(flat, found[0], self.rows)
         return found

@@ -17,7 +17,7 @@ from torch.func import functional_call, jvp, vjp
 from torch.utils import _pytree as pytree
 
 from hopdeq_lwpf._types import Matvec, identity, refuse_nested_forward_mode
-from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.base import Deferred, Solver
 from hopdeq_lwpf.solvers.implicit import AdjointSolve, warn_unconverged
 from hopdeq_lwpf.solvers.linear import System
 from hopdeq_lwpf.solvers.loop import Outcome, run
@@ -177,7 +177,7 @@ class _Nonlinear:
 
     def evaluate(self, z: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         fz, energy, piece = self.bind(*tensors).evaluate(z)
-        return (fz, energy) if piece is None else (fz, energy, piece)
+        return (fz, energy()) if piece is None else (fz, energy(), piece)
 
     def run(self, z0: Tensor, *tensors: Tensor) -> Outputs:
         return _iterate(self, self.bind(*tensors), z0)
@@ -284,9 +284,9 @@ class _Function(FlatFunction):
     def __call__(self, flat: Tensor) -> Tensor:
         return self._problem.call(flat, *self._tensors)
 
-    def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def evaluate(self, flat: Tensor) -> tuple[Tensor, Deferred, Tensor | None]:
         fz, energy, *piece = self._problem.evaluate(flat, *self._tensors)
-        return fz, energy, piece[0] if piece else None
+        return fz, Deferred(lambda: energy), piece[0] if piece else None
 
     def metric(self, flat: Tensor) -> Matvec | None:
         return identity if self._problem.symmetric else None

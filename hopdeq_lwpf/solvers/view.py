@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hopdeq_lwpf._types import WIDE, Context, Matvec, State, check_float_tensor, identity
+from hopdeq_lwpf.solvers.base import Deferred
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,19 @@ class FlatFunction:
             return self.f(flat, self.x)
         return self._flatten(self.f(self.view.unflatten(flat), self.x))
 
-    def evaluate(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """f, its energy and the piece of f that the state lies in: (B, n), (B,), (B,) or None."""
+    def evaluate(self, flat: Tensor) -> tuple[Tensor, Deferred, Tensor | None]:
+        """f, its energy when it is asked for, and the piece of f that the state lies in: (B, n), (B,), (B,) or
+        None.
+        """
+        f: Any = self.f
         if self._evaluate is None:
             z = self.view.unflatten(flat)
-            return self(flat), self.f.energy(z, self.x).reshape(-1), None  # type: ignore[attr-defined]
-        if self._plain and self._checked:
-            return self._evaluate(flat, self.x)
-        fz, energy, piece = self._evaluate(self.view.unflatten(flat), self.x)
-        return self._flatten(fz), energy.reshape(-1), None if piece is None else piece.reshape(-1)
+            return self(flat), Deferred(lambda: f.energy(z, self.x).reshape(-1)), None
+        direct = self._plain and self._checked
+        fz, energy, piece = self._evaluate(flat if direct else self.view.unflatten(flat), self.x)
+        compute = energy if callable(energy) else lambda: energy
+        wanted = Deferred(lambda: compute().reshape(-1))
+        return fz if direct else self._flatten(fz), wanted, None if piece is None else piece.reshape(-1)
 
     def _flatten(self, fz: State) -> Tensor:
         """What f returned as (B, n); checked once."""
