@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._layout import group, without_padding
-from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind, wide
+from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
 from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine
@@ -17,7 +17,7 @@ from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.registry import make_solver
-from hopdeq_lwpf.solvers.solve import check_steps, fixed_point, judge_step
+from hopdeq_lwpf.solvers.solve import check_steps, fixed_point
 from hopdeq_lwpf.solvers.termination import Termination
 
 
@@ -86,35 +86,19 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     if steps is None:
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
         z0 = f.init(x).detach() if inject == "input" else f.init(x)
-        solution = fixed_point(f, x, z0, solver=solver, stop=stop, adjoint=adjoint, trace=trace)
-        return _recall(f, x, solution, f.weights(solution.value, x), read)
+        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace}
+        return _recall(f, x, fixed_point(f, x, z0, read_out=True, **options), read)  # type: ignore[arg-type]
     # The names are checked although k steps use neither, so that a misspelt one is never silent.
     make_solver(solver)
     make_adjoint(adjoint)
-    solution, weights = _k_steps(f, x, steps, stop, trace)
-    return _recall(f, x, solution, weights, read)
+    return _recall(
+        f, x, fixed_point(f, x, f.init(x), steps=steps, stop=stop, trace=trace, read_out=True), read
+    )
 
 
-def _k_steps(
-    f: Retrieval, x: RetrievalContext, steps: int, stop: Termination, trace: bool
-) -> tuple[Solution, Tensor]:
-    """The solution after k applications, and the weights of the last one, which also read out."""
-    z = f.init(x)
-    before = z if steps == 1 else fixed_point(f, x, z, steps=steps - 1, stop=stop).value
-    after, weights = f.step(before, x)
-    result, residual = judge_step(wide(before), wide(after), stop)
-    count = torch.full_like(result, steps)
-    history = None
-    if trace:
-        with torch.no_grad():
-            history = fixed_point(f, x, z, steps=steps, stop=stop, trace=True).trace
-    return Solution(after, after, result, residual, count, count.clone(), history), weights
-
-
-def _recall(
-    f: Retrieval, x: RetrievalContext, solution: Solution, weights: Tensor, values: Tensor | None
-) -> Recall:
-    """The read-out of the values, or of the patterns, at these weights (*batch, N), and what it says."""
+def _recall(f: Retrieval, x: RetrievalContext, solution: Solution, values: Tensor | None) -> Recall:
+    """The read-out of the values, or of the patterns, at the weights that the solution holds, and what it says."""
+    weights = solution.value  # (*batch, N)
     read = x.patterns if values is None else values
     value = combine(weights.reshape(-1, weights.shape[-1]), read)
     value = value.reshape(*weights.shape[:-1], read.shape[-1])

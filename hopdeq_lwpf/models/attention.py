@@ -156,8 +156,8 @@ class ConvertedAttention(nn.Module):
                     stacklevel=4,
                 )
         options = {"solver": self.solver, "stop": self.stop, "adjoint": self.adjoint}
-        solution = fixed_point(self.retrieval, x, z0, **options)  # type: ignore[arg-type]
-        return dataclasses.replace(solution, note=note), self.retrieval.weights(solution.value, x)
+        solution = fixed_point(self.retrieval, x, z0, read_out=True, **options)  # type: ignore[arg-type]
+        return dataclasses.replace(solution, value=solution.state, note=note), solution.value
 
     def _record(
         self,

@@ -263,13 +263,15 @@ class Hopfield(HopfieldModule):
         x = self.f.prepare(heads)
         solved = None
         if self.steps is None:
-            z = self.equilibrium(x)
+            solution = self.equilibrium(x, read_out=True, return_solution=True)
+            z, weights = solution.state, solution.value
             solved = self.equilibrium.last_solution
         else:
             z = self.f.init(x)
             for _ in range(self.steps - 1):
                 z = self.f(z, x)
-        weights = self.f.weights(z, x)[..., : heads.k.shape[2]]
+            weights = self.f.weights(z, x)
+        weights = weights[..., : heads.k.shape[2]]
         self._record(heads, x.threshold, z, solved)
         if not torch.compiler.is_compiling() and not transformed():
             self._report(heads, weights)

@@ -30,6 +30,16 @@ from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
 
 
+@dataclass
+class Solved:
+    """A solve with its gradient attached."""
+
+    state: Tensor  # (B, n)
+    outcome: Outcome
+    report: AdjointReport | None = None  # of the backward pass
+    read: Tensor | None = None  # what f reads out at the state, where that came with the gradient
+
+
 class Adjoint(Protocol):
     """A frozen dataclass: runs the solve and gives its result a gradient."""
 
@@ -38,10 +48,8 @@ class Adjoint(Protocol):
         """Whether a gradient to the starting state is lost (at an equilibrium the true one is zero)."""
         ...
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
-        """The state with its gradient (B, n), the outcome of the solve, and a report for the backward pass."""
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
+        """The state with its gradient, the outcome of the solve, and a report for the backward pass."""
         ...
 
 
@@ -69,16 +77,15 @@ class Implicit:
         check_number("rtol", self.rtol, 0.0, 1.0, open_low=True)
         check_count("max_steps", self.max_steps, 1)
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
         if transformed():
             if trace:
                 raise ValueError("trace=True is not possible under torch.func; solve once outside of it")
-            return *transforms.solve(f, z0, solver, stop, self.linear), None
+            return Solved(*transforms.solve(f, z0, solver, stop, self.linear))
         outcome = _forward(self, f, z0, solver, stop, trace)
         report = AdjointReport()
-        return attach(f, outcome.z, self.linear, report), outcome, report
+        state, read = attach(f, outcome.z, self.linear, report)
+        return Solved(state, outcome, report, read)
 
     def linear(self, system: System) -> tuple[LinearOutcome, str]:
         """u of the system, and how it was found."""
@@ -148,11 +155,10 @@ class OneStep:
 
     drops_z0 = True
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
         outcome = _forward(self, f, z0, solver, stop, trace)
-        return attach(f, outcome.z, _one_step, AdjointReport(), exact=False), outcome, None
+        state, read = attach(f, outcome.z, _one_step, AdjointReport(), exact=False)
+        return Solved(state, outcome, None, read)
 
 
 @dataclass(frozen=True)
@@ -171,12 +177,11 @@ class Neumann:
     def __post_init__(self) -> None:
         check_count("terms", self.terms, 1)
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
         outcome = _forward(self, f, z0, solver, stop, trace)
         report = AdjointReport()
-        return attach(f, outcome.z, self._sum, report, exact=False), outcome, report
+        state, read = attach(f, outcome.z, self._sum, report, exact=False)
+        return Solved(state, outcome, report, read)
 
     def _sum(self, system: System) -> tuple[LinearOutcome, str]:
         return neumann(system, self.terms), f"neumann({self.terms})"
@@ -199,17 +204,15 @@ class Phantom:
         check_count("k", self.k, 1)
         Picard(self.damping)
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
         outcome = _forward(self, f, z0, solver, stop, trace)
         if not torch.is_grad_enabled():
-            return outcome.z, outcome, None
+            return Solved(outcome.z, outcome)
         z = outcome.z.detach()
         for _ in range(self.k):
             fz = f(z)
             z = fz.lerp(z, self.damping) if self.damping else fz
-        return gradient_of(z, outcome.z), outcome, None
+        return Solved(gradient_of(z, outcome.z), outcome)
 
 
 @dataclass(frozen=True)
@@ -222,13 +225,11 @@ class Unrolled:
 
     drops_z0 = False
 
-    def solve(
-        self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool
-    ) -> tuple[Tensor, Outcome, AdjointReport | None]:
+    def solve(self, f: FlatFunction, z0: Tensor, solver: Solver, stop: Termination, trace: bool) -> Solved:
         recording = torch.is_grad_enabled()
         outcome = run(f, z0, solver, stop, trace=trace, drop=not recording, least=int(recording))
         # An empty batch takes no step, yet what f depends on must get its (zero) gradient.
-        return (outcome.z if len(z0) else f(z0)), outcome, None
+        return Solved(outcome.z if len(z0) else f(z0), outcome)
 
 
 ADJOINTS: dict[str, Callable[[], Adjoint]] = {

@@ -80,21 +80,24 @@ class Equilibrium(nn.Module):
         z0: State | None = None,
         *,
         index: Tensor | None = None,
+        read_out: bool = False,
         return_solution: bool = False,
     ) -> State | Solution:
         """x -> the equilibrium (a tensor or pytree shaped as z0), or the whole Solution.
 
+        read_out: what f reads out there instead (see `fixed_point`).
         index: (B,) integers, which samples these are; for warm starts only.
         """
         if self.steps is None and torch.compiler.is_compiling():
-            options = {"index": index, "return_solution": return_solution}
+            options = {"index": index, "read_out": read_out, "return_solution": return_solution}
             return outside_of_compile(self.forward, x, z0, **options)
         # A solve needs a fixed map; what stays the same anyway is left as it is, for its second derivatives.
         with frozen_weights(self) if has_moving_weights(self) else nullcontext():
-            solution = self._solve(x, z0, index)
+            solution = self._solve(x, z0, index, read_out)
         self.last_solution = dataclasses.replace(
             solution,
-            value=pytree.tree_map(_detached, solution.value),
+            # Read-outs are computed again where someone asks: weights are too large to keep until the next call.
+            value=pytree.tree_map(_detached, solution.state if read_out else solution.value),
             state=pytree.tree_map(_detached, solution.state),
             result=plain(solution.result),
             residual=plain(solution.residual),
@@ -106,7 +109,7 @@ class Equilibrium(nn.Module):
         self._report(solution)
         return solution if return_solution else solution.value
 
-    def _solve(self, x: Any, z0: State | None, index: Tensor | None) -> Solution:
+    def _solve(self, x: Any, z0: State | None, index: Tensor | None, read_out: bool) -> Solution:
         context = self.f.prepare(x) if hasattr(self.f, "prepare") else x
         z0, note = self._detach(self._start(x, context) if z0 is None else z0)
         if index is not None:
@@ -114,7 +117,14 @@ class Equilibrium(nn.Module):
                 raise ValueError("index is for warm starts: build the layer with warm_start=True")
             z0 = self.warm.start(index, z0)
         solution = fixed_point(
-            self.f, context, z0, steps=self.steps, solver=self.solver, stop=self.stop, adjoint=self.adjoint
+            self.f,
+            context,
+            z0,
+            steps=self.steps,
+            solver=self.solver,
+            stop=self.stop,
+            adjoint=self.adjoint,
+            read_out=read_out,
         )
         return dataclasses.replace(solution, note=note)
 

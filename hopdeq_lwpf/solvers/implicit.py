@@ -27,33 +27,37 @@ AdjointSolve = Callable[[System], tuple[LinearOutcome, str]]
 
 def attach(
     f: FlatFunction, z: Tensor, solve: AdjointSolve, report: AdjointReport, *, exact: bool = True
-) -> Tensor:
-    """z (B, n) with the gradient of the equilibrium.
+) -> tuple[Tensor, Tensor | None]:
+    """z (B, n) with the gradient of the equilibrium, and what f reads out there, if that is wanted of f.
 
     f is evaluated once more at z with its graph recorded; that graph is all that is saved, however many steps
-    the solve took, and it reaches whatever tensor f used: parameters, x, tensors that f closes over.
+    the solve took, and it reaches whatever tensor f used: parameters, x, tensors that f closes over. A read-out
+    that f makes on the way needs no evaluation of its own; None where there is no gradient to attach.
     exact: whether `solve` solves the adjoint system; if not, second derivatives are refused.
     """
     if not torch.is_grad_enabled():
-        return z
+        return z, None
     point = z.detach().requires_grad_()
     gates: list[_Gate] = []
-    image, born = _record(f, point, gates)
-    sources, hidden = _sources(image, point, [gate.passed for gate in gates], born)
+    image, read, born = _record(f, point, gates)
+    roots = [image.grad_fn, None if read is None else read.grad_fn]
+    sources, hidden = _sources(roots, point, [gate.passed for gate in gates], born)
     if not sources and not hidden:
-        return z
+        return z, None
     metric = None
     if exact:
         with torch.no_grad(), f.full_precision():
             metric = f.metric(point.detach())
-    recorded = _Recorded(f, point, image, tuple(sources), tuple(gates), solve, exact, report, metric)
+    recorded = _Recorded(
+        f, point, image, tuple(sources), tuple(gates), solve, exact, report, metric, read=read
+    )
     refused = HIDDEN if hidden else "" if exact else INEXACT
-    return _Attach.apply(image, z.detach(), recorded, refused, *sources)
+    return _Attach.apply(image, z.detach(), recorded, refused, read, *sources)
 
 
 def gradient_of(image: Tensor, z: Tensor) -> Tensor:
     """z with the gradient of `image`, which approximates it; second derivatives are refused."""
-    return _Attach.apply(image, z.detach(), None, INEXACT) if image.requires_grad else z
+    return _Attach.apply(image, z.detach(), None, INEXACT, None)[0] if image.requires_grad else z
 
 
 HIDDEN = (
@@ -82,8 +86,8 @@ class _Pass(torch.autograd.Function):
         return (None if ctx.gate.closed else g), None
 
 
-def _record(f: FlatFunction, point: Tensor, gates: list[_Gate]) -> tuple[Tensor, int]:
-    """f at the point with its graph, and a number that every node of that graph exceeds."""
+def _record(f: FlatFunction, point: Tensor, gates: list[_Gate]) -> tuple[Tensor, Tensor | None, int]:
+    """f at the point with its graph, its read-out, and a number that every node of that graph exceeds."""
 
     def gated(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.requires_grad or leaf.is_leaf:
@@ -93,18 +97,21 @@ def _record(f: FlatFunction, point: Tensor, gates: list[_Gate]) -> tuple[Tensor,
 
     f = f.with_context(pytree.tree_map(gated, f.x))
     born = point.view_as(point).grad_fn._sequence_nr()  # type: ignore[union-attr]
-    return f(point), born
+    image, read = f.step(point) if f.reads else (f(point), None)
+    return image, read, born
 
 
-def _sources(image: Tensor, point: Tensor, passed: Sequence[Tensor], born: int) -> tuple[list[Tensor], bool]:
-    """The tensors besides the point that the image depends on: leaves and gated ones; and whether there are more.
+def _sources(
+    roots: Sequence[Node | None], point: Tensor, passed: Sequence[Tensor], born: int
+) -> tuple[list[Tensor], bool]:
+    """The tensors besides the point that the roots depend on: leaves and gated ones; and whether there are more.
 
     More: tensors that are neither, but older than the recording, which only a closure can have brought in.
     """
     gated = {tensor.grad_fn: tensor for tensor in passed}
     found: dict[int, Tensor] = {}
     hidden = False
-    nodes: list[Node | None] = [image.grad_fn]
+    nodes = list(roots)
     seen: set[Node] = set()
     while nodes:
         node = nodes.pop()
@@ -126,7 +133,8 @@ def _sources(image: Tensor, point: Tensor, passed: Sequence[Tensor], born: int) 
 class _Recorded:
     """A fixed-point function recorded at its fixed point, as a function of the point and the sources.
 
-    `metric` is that of f; `flipped` says that the recorded map is linear with Jacobian J^T instead of J.
+    `metric` is that of f; `flipped` says that the recorded map is linear with Jacobian J^T instead of J. A gradient
+    to the read-out reaches the equilibrium like any other: it adds (d read / d z)^T to the incoming one.
     """
 
     f: FlatFunction
@@ -139,6 +147,7 @@ class _Recorded:
     report: AdjointReport | None  # None: second derivatives keep none
     metric: Matvec | None
     flipped: bool = False
+    read: Tensor | None = None  # recorded with the image
 
     def adjoint(self, g: Tensor) -> Tensor:
         """u for the incoming gradient g (B, n), without a graph."""
@@ -176,20 +185,36 @@ class _Recorded:
             for gate, closed in zip(self.gates, before, strict=True):
                 gate.closed = closed
 
-    def differentiable(self, z: Tensor, g: Tensor) -> list[Tensor | None]:
-        """The gradients of the sources, as functions of z, g and the sources that can be differentiated."""
-        slope = g.detach().requires_grad_()
-        u0 = self.adjoint(slope.detach())
+    def gradient_to_state(self, g: Tensor | None, read: Tensor | None) -> Tensor:
+        """What comes to the equilibrium from the gradients to it and to the read-out, (B, n)."""
+        total = torch.zeros_like(self.point) if g is None else g.detach()
+        if read is not None and self.read is not None:
+            (pulled,) = self.partials(self.read, (self.point,), read.detach())
+            total = total if pulled is None else total + pulled
+        return total
+
+    def differentiable(self, z: Tensor, g: Tensor | None, read: Tensor | None) -> list[Tensor | None]:
+        """The gradients of the sources, as functions of z, g, that of the read-out, and the sources."""
+        given = [torch.zeros_like(z) if g is None else g, *([] if read is None else [read])]
+        slopes = [gradient.detach().requires_grad_() for gradient in given]
+        total = slopes[0]
+        if read is not None:
+            (pulled,) = self.partials(self.read, (self.point,), slopes[1], create_graph=True)
+            total = total if pulled is None else total + pulled
+        u0 = self.adjoint(total.detach())
         point = u0.detach().requires_grad_()
         (pulled,) = self.partials(self.image, (self.point,), point, create_graph=True)
-        image = slope.clone() if pulled is None else slope + pulled
-        around = (slope, self.point, *self.sources)
+        image = total.clone() if pulled is None else total + pulled
+        around = (*slopes, self.point, *self.sources)
         linear = _Recorded(
             self.f, point, image, around, self.gates, self.solve, True, None, self.metric, not self.flipped
         )
-        u = _Attach.apply(image, u0, linear, "", *around)
-        gradients = self.partials(self.image, self.sources, u, create_graph=True)
-        return _reroute(self, gradients, (self.point, slope, *self.sources), (z, g, *self.sources))
+        u, _ = _Attach.apply(image, u0, linear, "", None, *around)
+        outputs, gradients = (self.image,), (u,)
+        if read is not None:
+            outputs, gradients = (self.image, self.read), (u, slopes[1])  # type: ignore[assignment]
+        found = self.partials(outputs, self.sources, gradients, create_graph=True)
+        return _reroute(self, found, (self.point, *slopes, *self.sources), (z, *given, *self.sources))
 
 
 def _reroute(
@@ -241,28 +266,39 @@ class _Reroute(torch.autograd.Function):
 
 
 class _Attach(torch.autograd.Function):
-    """Returns z; sends u to f(z, x) in the backward pass."""
+    """Returns z and the read-out; sends u to f(z, x) in the backward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, z: Tensor, recorded: _Recorded | None, refused: str, *sources: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        image: Tensor,
+        z: Tensor,
+        recorded: _Recorded | None,
+        refused: str,
+        read: Tensor | None,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.recorded, ctx.refused = recorded, refused
+        ctx.set_materialize_grads(False)
         z = z.clone()
         ctx.save_for_backward(z)
-        return z
+        return z, None if read is None else read.view_as(read)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, read: Tensor | None) -> tuple[Any, ...]:
         recorded = ctx.recorded
-        none = (None,) * (len(ctx.needs_input_grad) - 1)
+        none = (None,) * (len(ctx.needs_input_grad) - 5)
+        if g is None and read is None:
+            return None, None, None, None, None, *none
         if torch.is_grad_enabled() and not ctx.refused:
             (z,) = ctx.saved_tensors
-            return None, None, None, None, *recorded.differentiable(z, g)
-        u = g.detach() if recorded is None else recorded.adjoint(g.detach())
+            return None, None, None, None, None, *recorded.differentiable(z, g, read)
+        u = recorded.adjoint(recorded.gradient_to_state(g, read)) if recorded else g.detach()  # type: ignore[union-attr]
+        read = None if read is None else read.detach()
         if torch.is_grad_enabled():
             u = _Once.apply(u, ctx.saved_tensors[0], ctx.refused)
-        return u, *none
+            read = None if read is None else _Once.apply(read, ctx.saved_tensors[0], ctx.refused)
+        return u, None, None, None, read, *none
 
 
 class _Once(torch.autograd.Function):

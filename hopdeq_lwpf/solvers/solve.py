@@ -16,7 +16,7 @@ from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction, StateView
 
 
-def fixed_point(
+def fixed_point(  # noqa: PLR0913 (one call, every switch)
     f: Callable[[State, Context], State],
     x: Context,
     z0: State,
@@ -26,6 +26,7 @@ def fixed_point(
     stop: Termination = Termination(),  # noqa: B008 (frozen)
     adjoint: str | Adjoint = "implicit",
     trace: bool = False,
+    read_out: bool = False,
 ) -> Solution:
     """Solve z = f(z, x) from z0, or apply f a fixed number of times.
 
@@ -37,12 +38,14 @@ def fixed_point(
     solver: "auto", "picard", "anderson", "broyden", "lbfgs", "torchdeq:NAME", or an object with options.
     adjoint: "implicit", "unrolled", "onestep", "neumann", "phantom", or an object with options.
     trace: record residual and energy of every evaluation (and evaluate energies where the solver would not).
+    read_out: `value` is what f.step(z, x) -> (f, read-out) reads out, at the equilibrium or in the k-th application;
+        with the implicit adjoint this costs neither an evaluation nor memory. Else `value` is the state.
 
     Failure to converge is reported in the Solution and never raised here; an unconverged problem returns its
     iterate of lowest residual. Raises TypeError or ValueError for input that cannot be solved.
     """
     if steps is None and torch.compiler.is_compiling():
-        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace}
+        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace, "read_out": read_out}
         return outside_of_compile(fixed_point, f, x, z0, **options)
     check_function(f)
     check_steps(steps)
@@ -52,7 +55,7 @@ def fixed_point(
     flat = view.flatten(z0)
     if not torch.compiler.is_compiling():
         settle()
-    function = FlatFunction(f, x, view, flat.device.type)
+    function = FlatFunction(f, x, view, flat.device.type, reads=read_out)
     if steps is not None:
         return _apply(function, flat, steps, stop, trace)
     if gradient.drops_z0 and flat.requires_grad and torch.is_grad_enabled():
@@ -65,18 +68,18 @@ def fixed_point(
         chosen = chosen or make_solver("picard")
     with torch.no_grad():
         chosen = chosen or choose_solver(function, flat)
-    state, outcome, report = gradient.solve(function, flat, chosen, stop, trace)
-    value = view.unflatten(state)
-    shape = view.batch_shape
+    solved = gradient.solve(function, flat, chosen, stop, trace)
+    state, outcome, shape = view.unflatten(solved.state), solved.outcome, view.batch_shape
+    value = state if not read_out else function.step(solved.state)[1] if solved.read is None else solved.read
     return Solution(
         value=value,
-        state=value,
+        state=state,
         result=outcome.result.reshape(shape),
         residual=outcome.residual.reshape(shape),
         steps=outcome.steps.reshape(shape),
         evaluations=outcome.evaluations.reshape(shape),
         trace=outcome.trace,
-        adjoint=report,
+        adjoint=solved.report,
     )
 
 
@@ -112,21 +115,21 @@ def judge_step(before: Tensor, after: Tensor, stop: Termination) -> tuple[Tensor
 def _apply(f: FlatFunction, z: Tensor, steps: int, stop: Termination, trace: bool) -> Solution:
     """Exactly `steps` applications of f."""
     residuals, energies = [], []
-    before, shape = z, f.view.batch_shape
-    for _ in range(steps):
+    before, shape, read = z, f.view.batch_shape, None
+    for left in range(steps, 0, -1):
         before = z
-        z = f(before)
+        z, read = f.step(before) if f.reads and left == 1 else (f(before), None)
         if trace:
             residuals.append(judge_step(before, z, stop)[1].reshape(shape))
             if f.has_energy:
                 with torch.no_grad():
                     energies.append(f.evaluate(before)[1]().reshape(shape))
     result, residual = judge_step(before, z, stop)
-    value = f.view.unflatten(z)
+    state = f.view.unflatten(z)
     count = torch.full_like(result, steps).reshape(shape)
     return Solution(
-        value=value,
-        state=value,
+        value=state if read is None else read,
+        state=state,
         result=result.reshape(shape),
         residual=residual.reshape(shape),
         steps=count,

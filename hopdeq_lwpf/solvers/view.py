@@ -109,7 +109,18 @@ class StateView:
 class FlatFunction:
     """f over flat states: (B, n) -> (B, n), with energy and metric where f has them."""
 
-    def __init__(self, f: Callable[..., State], x: Context, view: StateView, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        f: Callable[..., State],
+        x: Context,
+        view: StateView,
+        device: str = "cpu",
+        *,
+        reads: bool = False,
+    ) -> None:
+        if reads and not callable(getattr(f, "step", None)):
+            raise TypeError(f"read_out needs f.step(z, x) -> (f(z, x), read-out), and {f!r} has none")
+        self.reads = reads  # whether the caller wants the read-out of f at the equilibrium
         self.f = f
         self.x = x
         self.view = view
@@ -131,6 +142,14 @@ class FlatFunction:
         if self._plain and self._checked:
             return self.f(flat, self.x)
         return self._flatten(self.f(self.view.unflatten(flat), self.x))
+
+    def step(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """f, (B, n) -> (B, n), and what it reads out at this state, as f returns it."""
+        f: Any = self.f
+        if self._plain and self._checked:
+            return f.step(flat, self.x)
+        fz, read = f.step(self.view.unflatten(flat), self.x)
+        return self._flatten(fz), read
 
     def evaluate(self, flat: Tensor) -> tuple[Tensor, Deferred, Tensor | None]:
         """f, its energy when it is asked for, and the piece of f that the state lies in: (B, n), (B,), (B,) or
