@@ -242,7 +242,7 @@ def saved_numbers(call) -> int:
     return sum(sizes.values())
 
 
-def test_an_equilibrium_keeps_the_memory_of_two_evaluations_however_many_steps_it_took():
+def test_an_equilibrium_keeps_the_memory_of_one_step_however_many_steps_it_took():
     x = torch.randn(4, 64, 32)
     layer = Hopfield(32, num_heads=2, inject="input", beta=1.0)
     for part in (layer.state_projection, layer.stored_projection):
@@ -252,8 +252,8 @@ def test_an_equilibrium_keeps_the_memory_of_two_evaluations_however_many_steps_i
         layer.steps = steps
         memory[steps] = saved_numbers(lambda: layer(x))
     assert layer.last_solution.steps.max() > 4
-    # The evaluation that carries the gradient and the read-out, as two steps have them.
-    assert memory[None] < 1.2 * memory[2] < 0.5 * memory[12]
+    # One evaluation carries the gradient and the read-out; beside the weights it keeps states.
+    assert memory[None] < 1.25 * memory[1] < 0.5 * memory[12]
 
 
 def test_training_changes_what_is_recalled():
