@@ -292,3 +292,16 @@ def test_a_row_is_left_to_plain_steps_that_will_do():
     r, before = torch.cat([fast, slow]), torch.ones(2, 3)
     assert solvers.LBFGS()._slow(r, before, now).tolist() == [False, True]
     assert solvers.LBFGS(patience=0)._slow(r, before, now).tolist() == [True, True]
+
+
+def test_a_saddle_is_left_in_few_steps_for_the_same_end():
+    # Two patterns, and a start next to the middle between them, which plain iteration leaves slowly.
+    patterns = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=F64)
+    query = torch.tensor([[1e-4, 0.0], [-1e-4, 0.3]], dtype=F64)
+    f = Retrieval(1.05)
+    x = f.prepare(query, patterns)
+    plain = fixed_point(f, x, query, solver="picard", stop=TIGHT)
+    slow, quick = (fixed_point(f, x, query, solver=solvers.LBFGS(escape=e), stop=TIGHT) for e in (0.0, 0.5))
+    assert_close(quick.value, plain.value, rtol=1e-9, atol=1e-12)
+    assert (quick.evaluations < 0.6 * slow.evaluations).all()
+    assert (slow.evaluations < plain.evaluations).all()

@@ -21,6 +21,7 @@ class _Pair(NamedTuple):
     s_dual: Tensor
     y_dual: Tensor
     rho: Tensor  # (B, 1): 1 / <s, y>, 0 where the pair is not used
+    growth: Tensor  # (B, 1): -<s, y> / <s, s>, by how much the residual grew along s
 
 
 class _Memory(NamedTuple):
@@ -39,6 +40,7 @@ class LBFGS:
 
     The residual f(z) - z is minus the energy's gradient in the metric of f. Only pairs of positive curvature
     enter, hence every step descends at first order and none is drawn to a saddle, as Anderson and Broyden are.
+    Where the residual grows without turning, a row leaves a saddle, and takes several plain steps at once.
 
     Three rules keep the basin of plain iteration. A row is accelerated only once two consecutive plain
     residuals point the same way, which is when what is left is a slow approach to an attractor already chosen.
@@ -51,6 +53,8 @@ class LBFGS:
     align: cosine between consecutive residuals from which on a row is accelerated; -1 accelerates at once.
     patience: a row is left to plain steps where so many more of them will do, as its last residuals tell.
     step_cap: longest step, in residuals: nearly singular pairs propose steps that only cost an evaluation.
+    escape: by how much the residual may grow in one step of a row that leaves a saddle; 0 leaves it to plain steps,
+    of which it may take hundreds.
     guard: whether steps are taken back. Off, it saves a fifth of the time and changes basins where patterns
     are forgotten.
     """
@@ -60,6 +64,7 @@ class LBFGS:
     align: float = 0.99
     patience: int = 3
     step_cap: float = 30.0
+    escape: float = 0.5
     guard: bool = True
 
     uses_metric = True
@@ -70,6 +75,7 @@ class LBFGS:
         check_number("align", self.align, -1.0, 1.0)
         check_count("patience", self.patience, 0)
         check_number("step_cap", self.step_cap, 1.0)
+        check_number("escape", self.escape, 0.0)
 
     @property
     def uses_energy(self) -> bool:
@@ -95,6 +101,7 @@ class LBFGS:
         if self.guard and new.merit is None:
             new = new._replace(merit=_merit(now, r))
         step = self._cap(_direction(new.r, new.pairs), new.r)
+        step = self._escape(step, new, old)
         return pick(new.accelerated, new.z + step, plain), new
 
     def _guarded(self, old: _Memory, new: _Memory, now: Iterate) -> _Memory:
@@ -120,13 +127,29 @@ class LBFGS:
             return step
         return step * (limit / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
 
+    def _escape(self, step: Tensor, new: _Memory, old: _Memory) -> Tensor:
+        """The step, longer where a row leaves a saddle: its residual grows without turning.
+
+        Plain steps with a residual that grows by the factor 1 + growth each come to r ((1 + growth)^n - 1) / growth.
+        """
+        last = new.pairs[-1]
+        leaving = (last.rho == 0) & (last.growth > 0)
+        if not self.escape or not bool(leaving.any()):
+            return step
+        leaving = leaving & self._aligned(new.r, old.r)[:, None]
+        length = self.escape / last.growth.clamp(self.escape / self.step_cap, self.escape)
+        return torch.where(leaving, length * new.r, step)
+
+    def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
+        lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)
+        return (r * before).sum(-1) > self.align * lengths
+
     def _slow(self, r: Tensor, before: Tensor, now: Iterate) -> Tensor:
         """Rows whose residual keeps its direction, and that plain steps would not finish soon."""
         length, longer = torch.linalg.vector_norm(r, dim=-1), torch.linalg.vector_norm(before, dim=-1)
-        aligned = (r * before).sum(-1) > self.align * length * longer
         # The residual falls by length / longer a step.
         soon = length * (length / longer) ** self.patience
-        return aligned & ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
+        return self._aligned(r, before) & ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
 
 
 def _merit(now: Iterate, r: Tensor) -> Tensor:
@@ -188,4 +211,6 @@ def _pair(old: _Memory, now: Iterate, r: Tensor) -> _Pair:
     curvature = (s_dual * y).sum(-1, keepdim=True)
     length = (s_dual * s).sum(-1, keepdim=True)
     good = curvature > torch.add(old.floor, length, alpha=1e-5)
-    return _Pair(s, y, s_dual, y_dual, torch.where(good, curvature, float("inf")).reciprocal())
+    rho = torch.where(good, curvature, float("inf")).reciprocal()
+    growth = -curvature / torch.where(length > 0, length, 1.0)
+    return _Pair(s, y, s_dual, y_dual, rho, growth)
