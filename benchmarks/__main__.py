@@ -13,7 +13,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import basins, bit_patterns, forward, gradients, published, separations, theory, warm
+from benchmarks import (
+    basins,
+    bit_patterns,
+    forward,
+    gradients,
+    latch,
+    layers,
+    published,
+    repertoires,
+    separations,
+    theory,
+    warm,
+)
 
 PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "overhead": forward.overhead,
@@ -29,6 +41,9 @@ PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
 STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "warm": warm.run,
     "bit_patterns": bit_patterns.run,
+    "latch": latch.run,
+    "layers": layers.run,
+    "repertoires": repertoires.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,6 +11,8 @@ from hopdeq_lwpf.forgetting import UNITS, Forgetting
 from hopdeq_lwpf.models.conversion import convert_attention
 from hopdeq_lwpf.models.hopfield import Hopfield
 from hopdeq_lwpf.models.learned_patterns import HopfieldLayer, HopfieldPooling
+from hopdeq_lwpf.models.repertoire import RepertoireClassifier, SequenceAttention
+from hopdeq_lwpf.models.sequences import SequenceEmbedding
 from hopdeq_lwpf.models.transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
 from hopdeq_lwpf.models.vision import VisionTransformer
 from hopdeq_lwpf.options import construct
@@ -23,7 +25,10 @@ __all__ = [
     "HopfieldEncoderLayer",
     "HopfieldLayer",
     "HopfieldPooling",
+    "RepertoireClassifier",
     "Retrieval",
+    "SequenceAttention",
+    "SequenceEmbedding",
     "VisionTransformer",
     "build",
     "convert_attention",
@@ -34,6 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "hopfield": Hopfield,
     "pooling": HopfieldPooling,
     "lookup": HopfieldLayer,
+    "repertoire": RepertoireClassifier,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from hopdeq_lwpf.data import load_digits, modules
 from hopdeq_lwpf.data.bags import ImageBagOptions
 from hopdeq_lwpf.data.bit_pattern import BitPatternOptions
 from hopdeq_lwpf.data.latch import LatchOptions
+from hopdeq_lwpf.data.repertoires import RepertoireOptions
 
 
 class Digits(LightningDataModule):
@@ -64,38 +65,57 @@ DATASETS: dict[str, tuple[Callable[..., LightningDataModule], Options, tuple[str
         {"split": modules.FoldOptions},
         ("name", "folder", "standardize"),
     ),
+    "repertoires": (
+        modules.RepertoireDataModule,
+        {"task": RepertoireOptions, "split": modules.FoldOptions},
+        ("max_sequences", "folder", "target_column", "positive"),
+    ),
 }
 LOADING = ("batch_size", "workers")
-DEFAULTS = {"mil": {"folds": 10}}  # where the module has others than the class
+# Where the module has others than the classes.
+DEFAULTS: dict[str, dict[str, Any]] = {"mil": {"folds": 10}, "repertoires": {"batch_size": 4}}
+# What a field is called where another of the classes has one of the same name.
+RENAMED = {("repertoires", "split", "seed"): "split_seed"}
 
 
 def build_data(settings: Mapping[str, Any], seed: int = 0) -> LightningDataModule:
     """A data module from {"data": name, **options}.
 
     The options are those of the module and of the classes that it takes (task, folds, batch size, workers), in
-    one mapping. seed: of the order of training, where the data has one of its own.
+    one mapping. seed: of the order of training, where the data has one of its own. Of "repertoires", the option
+    `seed` is that of the sequences, `split_seed` that of the folds.
     An unknown name or option is a ValueError with the nearest.
     """
     name = settings.get("data")
     if name not in DATASETS:
         raise unknown("data", name, DATASETS)
-    kind, classes, own = DATASETS[name]
-    fields = {argument: [field.name for field in dataclasses.fields(c)] for argument, c in classes.items()}
+    module, classes, own = DATASETS[name]
+    fields = {argument: _called(name, argument, kind) for argument, kind in classes.items()}
     loading = () if name == "digits" else LOADING
-    allowed = {*own, *loading, *(field for names in fields.values() for field in names)}
+    allowed = {*own, *loading, *(option for names in fields.values() for option in names)}
     options = {key: value for key, value in settings.items() if key != "data"}
     for key in options:
         if key not in allowed:
             raise unknown(f"option of data {name!r}:", key, allowed)
     built: dict[str, Any] = {key: options[key] for key in own if key in options}
     for argument, names in fields.items():
-        given = {key: _tuple(options[key]) for key in names if key in options}
+        given = {field: _tuple(options[option]) for option, field in names.items() if option in options}
         if given:
-            built[argument] = classes[argument](**{**DEFAULTS.get(name, {}), **given})
+            built[argument] = classes[argument](**{**_defaults(name, names.values()), **given})
     if loading:
         given = {key: options[key] for key in loading if key in options}
-        built["loading"] = modules.LoadingOptions(**given, seed=seed)
-    return kind(**built)
+        built["loading"] = modules.LoadingOptions(**{**_defaults(name, loading), **given}, seed=seed)
+    return module(**built)
+
+
+def _called(name: str, argument: str, kind: type) -> dict[str, str]:
+    """The fields of an options class by the names that they have as options of this data."""
+    fields = [field.name for field in dataclasses.fields(kind)]
+    return {RENAMED.get((name, argument, field), field): field for field in fields}
+
+
+def _defaults(name: str, fields: Iterable[str]) -> dict[str, Any]:
+    return {field: value for field, value in DEFAULTS.get(name, {}).items() if field in fields}
 
 
 def _tuple(value: Any) -> Any:

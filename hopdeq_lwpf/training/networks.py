@@ -121,6 +121,7 @@ class BagClassifier(nn.Module):
 
 
 LAYERS = ("hopfield", "pooling", "lookup")
+MODELS = ("repertoire",)  # of `models.build`, logits and all
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"equilibrium": EquilibriumClassifier}
 
 
@@ -129,17 +130,21 @@ def build_network(settings: Mapping[str, Any]) -> nn.Module:
 
     "equilibrium": the options of `EquilibriumClassifier`. "hopfield", "pooling", "lookup": those of
     `BagClassifier` and of its layer (`hopdeq_lwpf.models.build`), with rtol and max_steps for its `stop`.
+    "repertoire": those of `RepertoireClassifier`, likewise.
     An unknown name or option is a ValueError with the nearest.
     """
     name = settings.get("model")
-    if name not in LAYERS:
+    if name not in (*LAYERS, *MODELS):
         if name not in NETWORKS:
-            raise unknown("model", name, (*NETWORKS, *LAYERS))
+            raise unknown("model", name, (*NETWORKS, *LAYERS, *MODELS))
         network: nn.Module = construct("model", settings, NETWORKS)
         return network
     options = dict(settings)
-    own = {key: options.pop(key) for key in ("outputs", "instances") if key in options}
     stop = {key: options.pop(key) for key in ("rtol", "max_steps") if key in options}
     if stop:
         options["stop"] = Termination(**stop)
+    if name in MODELS:
+        model: nn.Module = build(options)
+        return model
+    own = {key: options.pop(key) for key in ("outputs", "instances") if key in options}
     return BagClassifier(build(options), **own)
