@@ -5,11 +5,12 @@ Nothing heavy is imported before a command runs, so that help and mistakes are a
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,8 @@ from jsonargparse import ArgumentParser
 
 from hopdeq_lwpf import settings
 from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
+from hopdeq_lwpf.sweeps.study_arguments import with_tasks
+from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, TASKS, StudySpec
 from hopdeq_lwpf.training.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -48,7 +51,8 @@ class Command:
     settings: type
     help: str
     work: Callable[[Any], None]
-    presets: str | None = None  # the files models/PRESETS*.yaml may be named as the first argument
+    presets: tuple[str, str] | None = None  # (kind, prefix): the files KIND/PREFIX*.yaml may be named first
+    tasks: bool = False  # --task chooses between this and a study
 
 
 def _compare(spec: CompareSpec) -> None:
@@ -60,6 +64,21 @@ def _compare(spec: CompareSpec) -> None:
     for grid in summaries(comparison):
         _show(grid, console)
     for sentence in findings(comparison):
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print("\nwritten:", highlight=False)
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _study(spec: StudySpec) -> None:
+    from hopdeq_lwpf.sweeps.study import run
+    from hopdeq_lwpf.sweeps.study_results import findings, summaries
+
+    study, paths = run(spec, _console(stderr=True))
+    console = _console()
+    for grid in summaries(study):
+        _show(grid, console)
+    for sentence in findings(study):
         console.print(f"- {sentence}", markup=False, highlight=False)
     console.print("\nwritten:", highlight=False)
     for path in paths:
@@ -94,15 +113,25 @@ COMMANDS = {
         CompareSpec,
         "one-step against converged retrieval, with and without forgetting: table, pictures, report",
         _compare,
+        presets=("sweeps", ""),
+        tasks=True,
     ),
     "retrieve": Command(RetrieveSpec, "recall stored patterns for the queries of a file", _retrieve),
     "train": Command(
         TrainSpec,
         "train a network with equilibrium layers; a killed run goes on exactly with --resume true",
         _train,
-        presets="train_",
+        presets=("models", "train_"),
     ),
 }
+# What `compare` does with a task that is trained.
+STUDY = Command(
+    StudySpec,
+    "one step against equilibrium in training, with and without forgetting: a grid of trainings over seeds; "
+    "started again, it goes on with what is missing",
+    _study,
+    presets=("sweeps", ""),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,16 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A mistake is one line on stderr. Anything else that goes wrong is a defect and shows its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    commands: Mapping[str, Command] = COMMANDS
     try:
         given = _with_preset(given)
-        chosen = _parser().parse_args(given)
-        command = COMMANDS[chosen.command]
+        if given and given[0] in COMMANDS and COMMANDS[given[0]].tasks:
+            tasks, given = with_tasks(given)
+            commands = {**COMMANDS, given[0]: STUDY} if tasks else COMMANDS
+        chosen = _parser(commands).parse_args(given)
+        command = commands[chosen.command]
         # as_dict, since a setting called "values" would meet the method of the same name.
         values = chosen[chosen.command].as_dict()
         del values["config"]
         command.work(command.settings(**values))
     except _UsageError as error:
-        return _complain(_explain(str(error), given))
+        return _complain(_explain(str(error), given, commands))
     except UnicodeDecodeError as error:
         return _complain(f"a settings file is not UTF-8 text ({error.reason})")
     except KeyboardInterrupt:
@@ -141,16 +174,16 @@ def _with_preset(given: list[str]) -> list[str]:
     command = COMMANDS.get(given[0]) if given else None
     if command is None or command.presets is None or len(given) < 2 or given[1].startswith("-"):
         return given
-    name = given[1]
+    name, (kind, prefix) = given[1], command.presets
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return [given[0], "--config", name, *given[2:]]
-    known = [entry for entry in settings.names("models") if entry.startswith(command.presets)]
-    for candidate in (name, f"{command.presets}{name}"):
+    known = [entry for entry in settings.names(kind) if entry.startswith(prefix)]
+    for candidate in (name, f"{prefix}{name}"):
         if candidate in known:
             # --config takes the text of a YAML file as well as its name.
-            return [given[0], "--config", yaml.safe_dump(settings.find("models", candidate)), *given[2:]]
-    short = [entry.removeprefix(command.presets) for entry in known]
-    near = _nearest(name.removeprefix(command.presets), short)
+            return [given[0], "--config", yaml.safe_dump(settings.find(kind, candidate)), *given[2:]]
+    short = [entry.removeprefix(prefix) for entry in known]
+    near = _nearest(name.removeprefix(prefix), short)
     raise _UsageError(
         f"settings {name!r} are not one of {', '.join(short)}"
         + (f"; did you mean {near!r}?" if near else ", nor the name of a .yaml file")
@@ -171,7 +204,7 @@ def _complain(message: str) -> int:
     return USAGE_ERROR
 
 
-def _parser() -> ArgumentParser:
+def _parser(available: Mapping[str, Command]) -> ArgumentParser:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -185,7 +218,7 @@ def _parser() -> ArgumentParser:
         description="Modern Hopfield networks with partial forgetting as fixed-point functions.",
     )
     commands = parser.add_subcommands(required=True, dest="command")
-    for name, command in COMMANDS.items():
+    for name, command in available.items():
         commands.add_subcommand(name, _subparser(command), help=command.help)
     return parser
 
@@ -207,30 +240,48 @@ def _subparser(command: Command) -> ArgumentParser:
             help=entry.metadata["help"],
             nargs="*" if several else None,
         )
+    if command.tasks:
+        trained = ", ".join(TASKS)
+        parser.add_argument(
+            "--task",
+            type=str,
+            default=argparse.SUPPRESS,
+            help=f"{RETRIEVAL} (default), or what is trained: {trained}, which has other options: see "
+            f"{PROGRAM} compare --task {next(iter(TASKS))} --help",
+        )
     return parser
 
 
 def _description(command: Command) -> str:
     if command.presets is None:
         return command.help
-    known = [entry for entry in settings.names("models") if entry.startswith(command.presets)]
-    short = ", ".join(entry.removeprefix(command.presets) for entry in known)
+    kind, prefix = command.presets
+    known = [entry for entry in settings.names(kind) if entry.startswith(prefix)]
+    short = ", ".join(entry.removeprefix(prefix) for entry in known)
     return f"{command.help}. First, if you like, the name of settings ({short}) or their YAML file."
 
 
-def _explain(message: str, given: Sequence[str]) -> str:
+def _explain(message: str, given: Sequence[str], commands: Mapping[str, Command]) -> str:
     """The parser's objection in one line, with the nearest name that would have been right."""
-    name = next((word for word in given if word in COMMANDS), None)
-    options = [entry.name for entry in fields(COMMANDS[name].settings)] + ["config"] if name else []
+    name = next((word for word in given if word in commands), None)
+    command = commands[name] if name else None
+    options = [entry.name for entry in fields(command.settings)] + ["config"] if command else []
+    options += ["task"] if command and command.tasks else []
+    others = _others(command)
     found = re.search(r"unrecognized arguments: (.*)", message)
     if found:
         wrong = found[1].split()[0]
-        near = _nearest(wrong.lstrip("-").split("=")[0].replace("-", "_"), [*options, "print_config", "help"])
+        plain = wrong.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
+        near = _nearest(plain, [*options, "print_config", "help"])
+        if plain in others:
+            return f"{wrong!r} {others[plain]}" + (f"; or did you mean '--{near}'?" if near else "")
         return f"unknown option {wrong!r}" + (
             f"; did you mean '--{near}'?" if near else f"; see {PROGRAM} --help"
         )
     found = re.search(r"does not accept option '([^']*)'", message)
     if found:
+        if found[1] in others:
+            return f"{found[1]!r} {others[found[1]]}"
         near = _nearest(found[1], options)
         return f"unknown key {found[1]!r} in the settings" + (f"; did you mean {near!r}?" if near else "")
     found = re.search(r"invalid choice: '([^']*)'", message)
@@ -238,8 +289,26 @@ def _explain(message: str, given: Sequence[str]) -> str:
         near = _nearest(found[1], COMMANDS) if found else None
         hint = f"; did you mean {near!r}?" if near else f"; it must be one of {', '.join(COMMANDS)}"
         return (f"unknown command {found[1]!r}" if found else "a command is missing") + hint
+    if "does not support item assignment" in message:
+        return "a setting that takes several values got one in the settings file: write it as a list, [VALUE]"
     message = message.replace("Parser key ", "").replace("Problems parsing config: ", "settings file: ")
     return re.sub(r"<class '(\w+)'>", r"\1", message)
+
+
+def _others(command: Command | None) -> dict[str, str]:
+    """The options that only the other kind of a comparison has, with what to say about them."""
+    if command is None or not (command.tasks or command is STUDY):
+        return {}
+    own = {entry.name for entry in fields(command.settings)}
+    if command is STUDY:
+        said = f"is an option of --task {RETRIEVAL}; a task that is trained has others: see compare --task bit-pattern"
+        names = {entry.name for entry in fields(CompareSpec)}
+    else:
+        said = (
+            f"needs a task that is trained: --task, one of {', '.join(TASKS)}; see compare --task bit-pattern"
+        )
+        names = {entry.name for entry in fields(StudySpec)} - {"task"}
+    return {name: f"{said} --help" for name in names - own}
 
 
 def _nearest(name: str, allowed: Iterable[str]) -> str | None:

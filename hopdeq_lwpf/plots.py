@@ -39,7 +39,7 @@ WIDTH = 7.0  # inches: the text width of a page
 REFERENCE_GREY = "#777777"
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     """Readable at the width of a page; the hash salt makes equal figures equal files."""
     settings: Any = {
         "font.size": 9,
@@ -67,14 +67,15 @@ def _style() -> AbstractContextManager[None]:
 def save_figure(figure: Figure, folder: str | os.PathLike[str], name: str) -> tuple[Path, Path]:
     """Write NAME.png and NAME.svg into `folder`; the same figure gives the same bytes."""
     png, svg = Path(folder) / f"{name}.png", Path(folder) / f"{name}.svg"
-    with _style():
+    with style():
         FigureCanvasAgg(figure)
         figure.savefig(png, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
 
 
-def _colour(unit: str, units: Sequence[str]) -> str:
+def unit_colour(unit: str, units: Sequence[str]) -> str:
+    """The colour of a forgetting unit, the same in every picture; others get spare ones by their order."""
     others = [name for name in units if name not in COLOURS]
     return COLOURS[unit] if unit in COLOURS else SPARE_COLOURS[others.index(unit) % len(SPARE_COLOURS)]
 
@@ -106,10 +107,10 @@ def _draw_series(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
             np.array([point[x] for point in points]) + shift,
             100 * middle,
             yerr=100 * np.clip(spread, 0, None),
-            color=_colour(unit, units),
+            color=unit_colour(unit, units),
             linestyle="-" if step == "converged" else DASHES[which % len(DASHES)],
             marker=MARKERS[which % len(MARKERS)],
-            markerfacecolor=_colour(unit, units) if step == "converged" else "white",
+            markerfacecolor=unit_colour(unit, units) if step == "converged" else "white",
             elinewidth=0.7,
             capsize=0,
         )
@@ -117,7 +118,7 @@ def _draw_series(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
 
 def _series_legend(figure: Figure, rows: Sequence[Row], extra: Sequence[Line2D]) -> None:
     units, steps = _ordered(rows, "forgetting"), _ordered(rows, "steps")
-    colours = [Line2D([], [], color=_colour(u, units), lw=3, label=UNIT_NAMES.get(u, u)) for u in units]
+    colours = [Line2D([], [], color=unit_colour(u, units), lw=3, label=UNIT_NAMES.get(u, u)) for u in units]
     lines = []
     for which, step in enumerate(steps):
         lines.append(
@@ -147,7 +148,7 @@ def recall_figure(rows: Sequence[Row]) -> Figure:
     rows: of the results table, with levels. The grey line is a nearest-neighbour search for the query.
     """
     kinds, betas = _ordered(rows, "corruption"), _ordered(rows, "beta")
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.45 * len(betas)), layout="constrained")
         panels = figure.subplots(len(betas), len(kinds), sharex="col", sharey=True, squeeze=False)
         for i, beta in enumerate(betas):
@@ -173,7 +174,7 @@ def recall_figure(rows: Sequence[Row]) -> Figure:
 def beta_figure(rows: Sequence[Row], column: str = "recall", label: str = "recalled (%)") -> Figure:
     """A share of the table (in per cent, with intervals) against beta, for queries without levels."""
     betas = sorted(set(_ordered(rows, "beta")))
-    with _style():
+    with style():
         figure = Figure(figsize=(0.7 * WIDTH, 3.4), layout="constrained")
         axes = figure.subplots()
         spots = [{**row, "place": betas.index(row["beta"])} for row in rows]
@@ -194,7 +195,7 @@ def steps_figure(steps: Mapping[tuple[str, float], NDArray[np.int64]], limit: in
     units, betas = list(dict.fromkeys(u for u, _ in steps)), list(dict.fromkeys(b for _, b in steps))
     most = max(int(values.max()) for values in steps.values())
     bins = _log_bins(most)
-    with _style():
+    with style():
         columns = min(len(betas), 4)
         lines = -(-len(betas) // columns)
         figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * lines), layout="constrained")
@@ -203,7 +204,9 @@ def steps_figure(steps: Mapping[tuple[str, float], NDArray[np.int64]], limit: in
             for width, unit in zip(np.linspace(2.6, 1.0, len(units)), units, strict=True):
                 values = steps[unit, beta]
                 share = np.full(values.shape, 100 / max(values.size, 1))
-                axes.hist(values, bins, weights=share, histtype="step", color=_colour(unit, units), lw=width)
+                axes.hist(
+                    values, bins, weights=share, histtype="step", color=unit_colour(unit, units), lw=width
+                )
             axes.set_xscale("log")
             axes.set_xlim(0.9, 1.3 * most)
             axes.set_title(f"$\\beta$ = {beta:g}")
@@ -217,7 +220,9 @@ def steps_figure(steps: Mapping[tuple[str, float], NDArray[np.int64]], limit: in
             axes.set_ylabel("queries (%)")
         for axes in panels.flat[max(len(betas) - columns, 0) : len(betas)]:
             axes.set_xlabel("steps")
-        handles = [Line2D([], [], color=_colour(u, units), lw=2, label=UNIT_NAMES.get(u, u)) for u in units]
+        handles = [
+            Line2D([], [], color=unit_colour(u, units), lw=2, label=UNIT_NAMES.get(u, u)) for u in units
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
         return figure
 
@@ -234,15 +239,15 @@ def energy_figure(courses: Mapping[str, NDArray[np.float64]]) -> Figure:
     courses: (T, B) energies by unit, NaN after a query has stopped.
     """
     units = list(courses)
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
         panels = figure.subplots(1, len(units), sharex=True, sharey=True, squeeze=False)[0]
         for axes, unit in zip(panels, units, strict=True):
             energies = courses[unit]
             for course in energies.T:
                 course = course[~np.isnan(course)]
-                axes.plot(np.arange(len(course)), course, color=_colour(unit, units), alpha=0.55, lw=0.9)
-                axes.plot(len(course) - 1, course[-1], ".", color=_colour(unit, units), ms=5)
+                axes.plot(np.arange(len(course)), course, color=unit_colour(unit, units), alpha=0.55, lw=0.9)
+                axes.plot(len(course) - 1, course[-1], ".", color=unit_colour(unit, units), ms=5)
             axes.set_title(UNIT_NAMES.get(unit, unit))
             axes.set_xscale("symlog", linthresh=1)
             axes.xaxis.set_minor_locator(NullLocator())
@@ -263,7 +268,7 @@ def picture_grid(
     lines: (label, (n, height, width)); titles: one a column; of equal neighbours only the first is written.
     """
     count = len(titles)
-    with _style():
+    with style():
         size = min(0.72, (WIDTH - 1.1) / count)
         figure = Figure(figsize=(1.1 + size * count, 0.3 + size * len(lines)), layout="constrained")
         engine: Any = figure.get_layout_engine()

@@ -19,6 +19,7 @@ from hopdeq_lwpf.cli import COMMANDS, main
 from hopdeq_lwpf.data import Preprocessing, load_digits
 from hopdeq_lwpf.sweeps.progress import progress
 from hopdeq_lwpf.sweeps.spec import CompareSpec
+from hopdeq_lwpf.sweeps.study_spec import TASKS, StudySpec
 
 QUICK = ["--samples", "6", "--stored", "40", "--beta", "40", "--mask", "0.1", "--noise", "--flip"]
 QUICK += ["--resamples", "20", "--trajectories", "2"]
@@ -45,7 +46,12 @@ def complaint(capsys):
 # --- help
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+STUDY_HELP = ["compare", "--task", "bit-pattern", "--help"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in COMMANDS), STUDY_HELP], ids=" ".join
+)
 def test_help_is_quick_and_imports_nothing_heavy(arguments):
     script = (
         "import sys\nfrom hopdeq_lwpf.cli import main\n"
@@ -71,6 +77,21 @@ def test_every_setting_is_an_option_with_help(name, capsys):
         assert option.metadata["help"].split()[0] in text
 
 
+def test_the_options_of_a_study_are_in_the_help_of_its_task(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(STUDY_HELP)
+    text = " ".join(capsys.readouterr().out.split())
+    for option in StudySpec.__dataclass_fields__.values():
+        assert f"--{option.name} " in text
+        assert option.metadata["help"].split()[0] in text
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--task TASK" in text
+    for name in ("retrieval", *TASKS, "hopdeq-lwpf compare --task bit-pattern --help"):
+        assert name in text
+
+
 # --- mistakes
 
 
@@ -92,6 +113,27 @@ def test_every_setting_is_an_option_with_help(name, capsys):
         (["compare", "--config", "nowhere.yaml"], "does not exist"),
         (["compare", "--patterns", "nowhere.npy"], "No such file"),
         (["retrieve", "--queries", "a.npy"], "patterns is missing"),
+        (["compare", "--task", "bit-patern"], "Did you mean 'bit-pattern'"),
+        (
+            ["compare", "--task", "xyz"],
+            "task 'xyz' is not one of ['bit-pattern',",
+        ),
+        (["compare", "--task", "bit_pattern", "retrieval"], "stands alone"),
+        (["compare", "--task"], "task is empty"),
+        (["compare", "--seeds", "1"], "'--seeds' needs a task that is trained"),
+        (["compare", "--task", "retrieval", "--epochs", "1"], "'--epochs' needs a task that is trained"),
+        (["compare", "--task", "bit-pattern", "--beta", "3"], "'--beta' is an option of --task retrieval"),
+        (["compare", "--task", "bit-pattern", "--seed", "3"], "did you mean '--seeds'"),
+        (["compare", "--task", "bit-pattern", "--steps", "0"], "steps must be whole numbers of at least 1"),
+        (["compare", "--task", "bit-pattern", "--seeds", "1", "1"], "seeds names a value twice"),
+        (["compare", "--task", "bit-pattern", "--model.beta", "x"], "model: beta"),
+        (["compare", "--config", "{task: bit-pattern, forgetting: relu}"], "write it as a list"),
+        (["compare", "--config", "{task: bit-pattern, bta: 1}"], "unknown key 'bta'"),
+        (
+            ["compare", "--config", "{task: bit-pattern, mask: [1]}"],
+            "'mask' is an option of --task retrieval",
+        ),
+        (["compare", "one_step_vs_convergd"], "did you mean 'one_step_vs_converged'"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -166,6 +208,35 @@ def test_printed_settings_read_back(capsys, tmp_path):
     with pytest.raises(SystemExit, match="0"):
         main(["compare", "--config", str(path), "--beta", "7", "--print_config"])
     assert yaml.safe_load(capsys.readouterr().out) == {**expected, "beta": [7.0]}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["one_step_vs_converged"],
+        ["--task", "bit-pattern"],
+        ["--task=bit_pattern"],
+        ["--config", "{task: bit-pattern}"],
+        ["--config={task: [bit_pattern]}"],
+        ["--config", "{task: retrieval}", "--task", "bit-pattern"],
+    ],
+    ids=" ".join,
+)
+def test_ways_to_name_a_study(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", *arguments, "--seeds", "7", "8", "--units.relu.min_keep", "2", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    spec = StudySpec(seeds=(7, 8), units={"relu": {"unit": "relu", "min_keep": 2}})
+    assert StudySpec(**printed) == spec
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--task", "retrieval"], ["--config", "{task: retrieval}"], ["compare"]]
+)
+def test_ways_to_name_a_comparison_of_retrieval(arguments, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", *arguments, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == CompareSpec().as_dict()
 
 
 # --- compare
@@ -341,3 +412,25 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(monkeypatch):
             advance("pfu [x]")
     lines = log.file.getvalue().splitlines()
     assert lines == [f"{n} of 7 cells, {2 * n} s, pfu [x]" for n in (3, 6, 7)]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_long_pieces_get_a_line_each_with_the_time_left(monkeypatch, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with progress(3, "trials", console, every_piece=True) as advance:
+        if not terminal:
+            clock = iter((10.0, 20.0, 30.0))
+            start = time.monotonic()
+            monkeypatch.setattr("time.monotonic", lambda: start + next(clock))
+        for number in range(3):
+            advance(f"trial [{number}]")
+    text = console.file.getvalue()
+    if terminal:
+        assert "1 of 3 trials" in text
+        assert "trial [2]" in text
+        return
+    assert text.splitlines() == [
+        "1 of 3 trials, 10 s (about 20 s left), trial [0]",
+        "2 of 3 trials, 20 s (about 10 s left), trial [1]",
+        "3 of 3 trials, 30 s, trial [2]",
+    ]

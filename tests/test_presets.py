@@ -12,6 +12,8 @@ from hopdeq_lwpf.forgetting import PFU, TopK
 from hopdeq_lwpf.settings import KINDS, names
 from hopdeq_lwpf.sweeps.compare import run
 from hopdeq_lwpf.sweeps.spec import CompareSpec
+from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, StudySpec
+from hopdeq_lwpf.sweeps.study_trial import run_trial
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +70,10 @@ def test_model_settings(name):
     assert type(f.forgetting).__name__.lower() == kind
 
 
-@pytest.mark.parametrize("name", names("sweeps"))
+STUDIES = [name for name in names("sweeps") if find("sweeps", name).get("task", RETRIEVAL) != RETRIEVAL]
+
+
+@pytest.mark.parametrize("name", [name for name in names("sweeps") if name not in STUDIES])
 def test_sweep_settings(name, tmp_path):
     settings = find("sweeps", name)
     spec = CompareSpec(**settings)
@@ -80,6 +85,18 @@ def test_sweep_settings(name, tmp_path):
     }  # fmt: skip
     run(CompareSpec(**{**settings, **small}))
     assert any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_study_settings(name, tmp_path):
+    settings = find("sweeps", name)
+    spec = StudySpec(**settings)
+    assert spec.as_dict() == settings
+    small = StudySpec(**{**settings, "epochs": 1, "seeds": [0], "data": {"num_bags": 32}})
+    for number, trial in enumerate(small.trials()):
+        found = run_trial(trial.settings(), tmp_path / str(number))
+        assert found["failure"] is None
+        assert found["curves"]["val/loss"][0] > 0
 
 
 def test_a_mapping_is_built_and_left_as_it_was():

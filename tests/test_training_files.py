@@ -90,7 +90,7 @@ def test_every_field_can_be_given_on_the_command_line(tmp_path, capsys):
     [
         (
             ["bit_patern"],
-            "settings 'bit_patern' are not one of bit_pattern, digits; did you mean 'bit_pattern'?",
+            "did you mean 'bit_pattern'?",
         ),
         (["train_digitts"], "did you mean 'digits'?"),
         (["nowhere.yaml"], "does not exist"),

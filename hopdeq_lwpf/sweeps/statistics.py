@@ -1,7 +1,8 @@
-"""Bootstrap confidence intervals over queries, and paired differences between settings."""
+"""Confidence intervals: bootstrap over queries, Student's t over seeds; paired differences between settings."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,3 +62,52 @@ class Bootstrap:
     def difference(self, values: Array, baseline: Array) -> Interval:
         """Mean and interval of values - baseline, paired by query."""
         return self.mean(np.asarray(values, dtype=np.float64) - np.asarray(baseline, dtype=np.float64))
+
+
+def t_interval(values: Array, confidence: float = 0.95) -> Interval:
+    """Mean of a few independent values (seeds) with Student's interval; NaN marks a value that does not count.
+
+    One value has no interval: NaN. The interval supposes values that scatter normally about their mean, and of
+    paired differences is the paired t test: without 0 where that test rejects equality at 1 - confidence.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return Interval(np.nan, np.nan, np.nan)
+    mean = float(values.mean())
+    if values.size == 1:
+        return Interval(mean, np.nan, np.nan)
+    half = (
+        t_quantile((1 + confidence) / 2, values.size - 1) * float(values.std(ddof=1)) / math.sqrt(values.size)
+    )
+    return Interval(mean, mean - half, mean + half)
+
+
+def t_quantile(share: float, degrees: int) -> float:
+    """The value that Student's t with that many degrees of freedom exceeds with probability 1 - share."""
+    if not 0 < share < 1 or degrees < 1:
+        raise ValueError(f"needs 0 < share < 1 and degrees >= 1, got {share}, {degrees}")
+    if share < 0.5:
+        return -t_quantile(1 - share, degrees)
+    tail, low, high = 1 - share, 0.0, 1.0
+    while _t_tail(high, degrees) > tail:
+        low, high = high, 2 * high
+    while (middle := (low + high) / 2) not in (low, high):  # until the limits are neighbouring numbers
+        low, high = (middle, high) if _t_tail(middle, degrees) > tail else (low, middle)
+    return high
+
+
+def _t_tail(t: float, degrees: int) -> float:
+    """P(T > t) for t >= 0: a finite sum of powers of the cosine (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = total = cosine if odd else 1.0
+    for k in range(3 if odd else 2, degrees, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    if not odd:
+        return (1 - sine * total) / 2
+    return 0.5 - (angle + (sine * total if degrees > 1 else 0.0)) / math.pi

@@ -1,0 +1,236 @@
+"""What a study writes: results.csv, table.md, the pictures, and report.html, one self-contained page."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hopdeq_lwpf import plots
+from hopdeq_lwpf.data import replacing, staged_folder
+from hopdeq_lwpf.sweeps.page import figures, settings_element, table, write_page
+from hopdeq_lwpf.sweeps.study_plots import draw
+from hopdeq_lwpf.sweeps.study_records import COSTS, MONITORS, SCORES, measures
+from hopdeq_lwpf.sweeps.study_results import KINDS, Study, findings, summaries
+from hopdeq_lwpf.sweeps.study_spec import TASKS, Trial, preset
+from hopdeq_lwpf.sweeps.summary import Grid
+from hopdeq_lwpf.training.spec import TrainSpec
+
+TITLE = "One step against equilibrium in training, with and without forgetting"
+NUMBERS = (
+    "score", "score_best", "score_end", "train_score",
+    *(f"{stage}/{name}" for stage in ("val", "train") for name in SCORES), *MONITORS, *COSTS,
+)  # fmt: skip
+WHAT = ("task", "forgetting", "steps", "adjoint", "inject", "seed", "hash", "folder")
+GLOSSARY = {
+    "val, train": "score on the bags held out, and on those of training (in training mode, with dropout)",
+    "CPU s/epoch": "median CPU seconds of the training batches of an epoch, without validation; unlike the seconds "
+    "by the clock (results.csv) they do not grow when the machine has other work",
+    "MB saved": "10^6 bytes that autograd holds for the backward pass of the first batch, with the trained weights: "
+    "each storage once, without the parameters; what a solver needed on the way is not in it",
+    "steps mean, max": "of the training batches: mean over problems, largest of all",
+    "converged %": "share of the problems whose last step changed no more than the tolerance allows",
+    "adjoint steps": "mean steps of the solve for the gradient; '-' where nothing is solved",
+    "support": "mean number of instances with a weight above 0, in validation",
+    "gradient": "mean norm of the gradient of all parameters, before clipping",
+    "query gradient": "mean norm of the loss's gradient to the input of the layer; '-' where the input is the data "
+    "and has none",
+}
+METHOD = """Every trial is one run of <code>hopdeq-lwpf train</code> with the settings of the task and the unit, steps,
+gradient, injection and seed of its condition. The seed sets initial weights, order of the data and dropout, so
+that trials of one seed differ in the condition alone, and conditions are compared in pairs by seed. k steps
+are k softmaxes, differentiated by ordinary autograd; converged solves for the equilibrium. Injection
+<em>start</em>: the query is where the dynamics begin; <em>input</em>: it acts in every step. Intervals are
+Student's over seeds; that of a paired difference is without 0 where the paired t test rejects equality. They
+say how another seed would change the result, not how other data would, and are not corrected for their number."""
+
+
+def write_results(study: Study) -> list[Path]:
+    """Write everything about the trials that are there into the folder of the study; returns the paths.
+
+    Either all files appear or none.
+    """
+    out = Path(study.spec.out)
+    with staged_folder(out) as folder:
+        _write_csv(study, folder / "results.csv")
+        (folder / "table.md").write_text(markdown(study), encoding="utf-8")
+        drawn = draw(study)
+        for name, (_, figure) in drawn.items():
+            plots.save_figure(figure, folder, name)
+        write_report(study, {name: caption for name, (caption, _) in drawn.items()}, folder)
+        names = sorted(path.name for path in folder.iterdir())
+    return [out / name for name in names]
+
+
+def _write_csv(study: Study, path: Path) -> None:
+    """One row a trial; an empty cell is a number that is not known."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, (*WHAT, *NUMBERS, "failure"))
+        writer.writeheader()
+        for trial, record in zip(study.trials, study.records, strict=True):
+            if record is not None:
+                writer.writerow(_row(trial, record, study.spec.last_of(trial.condition.task)))
+
+
+def _row(trial: Trial, record: Mapping[str, Any], last: int) -> dict[str, Any]:
+    condition, failure = trial.condition, record["failure"]
+    row: dict[str, Any] = {
+        **{name: getattr(condition, name) for name in ("task", "forgetting", "steps", "adjoint", "inject")},
+        **{"seed": trial.seed, "hash": trial.hash, "folder": record["folder"]},
+    }
+    if failure is not None:
+        return {**row, "failure": f"{failure['error']}: {failure['message']}"}
+    return {**row, **measures(record, last)}
+
+
+def markdown(study: Study) -> str:
+    """The tables and findings for a page of documentation."""
+    parts = [f"# {TITLE}", "\n".join(f"- {sentence}" for sentence in findings(study))]
+    parts += [f"**{grid.title}**\n\n{_markdown_table(grid)}" for grid in summaries(study)]
+    parts.append("\n".join(f"- *{name}*: {text}." for name, text in GLOSSARY.items()))
+    parts.append(f"Versions: {_versions(study)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(grid: Grid) -> str:
+    lines = [grid.header, tuple("---" for _ in grid.header), *grid.lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _versions(study: Study) -> str:
+    """Every set of versions that trials ran with; more than one where the study was continued with others."""
+    found = [
+        ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+        for record in study.records
+        if record is not None and record["versions"]
+    ]
+    return "; and ".join(dict.fromkeys(found)) or "none"
+
+
+def write_report(study: Study, captions: Mapping[str, str], folder: Path) -> Path:
+    """Write report.html into `folder`, with NAME.svg from there for each NAME of `captions` drawn in."""
+    grids = summaries(study)
+    body = [
+        f"<h1>{escape(TITLE)}</h1>",
+        f'<p class="soft">{escape(_asked(study))}<br>{escape(_versions(study))}</p>',
+        "<h2>What the numbers say</h2>",
+        "<ul>",
+        *(f"<li>{escape(sentence)}</li>" for sentence in findings(study)),
+        "</ul>",
+        f"<details><summary>How it was measured</summary><p>{METHOD}</p></details>",
+    ]
+    for task in study.spec.task:
+        own = {name: text for name, text in captions.items() if name.split("-", 1)[1] == task}
+        body += [f"<h2>{escape(task)}</h2>", *figures(own, folder)]
+        body += [_grid(grid) for grid in grids if grid.title.startswith(f"{task}:")]
+    body += [
+        "<details><summary>What the columns mean</summary>",
+        table(("column", "meaning"), [*GLOSSARY.items(), *KINDS.items()], "glossary"),
+        "</details>",
+        *_failures(study),
+        *_warnings(study),
+        *_settings(study),
+    ]
+    return write_page(folder / "report.html", TITLE, body)
+
+
+def _grid(grid: Grid) -> str:
+    return f"<h3>{escape(grid.title)}</h3>{table(grid.header, grid.lines)}"
+
+
+def _asked(study: Study) -> str:
+    spec = study.spec
+    return (
+        f"{len(spec.conditions())} conditions, {len(spec.seeds)} seeds, {len(study.trials)} trials; tasks "
+        f"{', '.join(spec.task)}."
+    )
+
+
+def _failures(study: Study) -> list[str]:
+    failed = study.failures()
+    body = ["<h2>What failed</h2>"]
+    if not failed and not study.missing():
+        return [*body, "<p>Every trial finished.</p>"]
+    if study.missing():
+        body.append(
+            f'<p class="warn">{study.missing()} of {len(study.trials)} trials were not run; start the study '
+            "again with the settings below.</p>"
+        )
+    if failed:
+        body.append(
+            f'<p class="warn">{len(failed)} trials failed and count nowhere; starting the study again runs them '
+            "again.</p>"
+        )
+        lines = [
+            (
+                f"{trial.condition.name}, seed {trial.seed}",
+                f"{record['failure']['error']}: {record['failure']['message']}",
+                command(trial),
+            )
+            for trial, record in failed
+        ]
+        body.append(table(("trial", "failure", "alone"), lines))
+    return body
+
+
+def _warnings(study: Study) -> list[str]:
+    """Each warning with the number of trials that gave it."""
+    counts: dict[str, int] = {}
+    for record in study.records:
+        for text in record["warnings"] if record is not None else ():
+            counts[text] = counts.get(text, 0) + 1
+    if not counts:
+        return []
+    return [
+        "<h2>Warnings</h2>",
+        table(("trials", "warning"), [(str(count), text) for text, count in counts.items()], "glossary"),
+    ]
+
+
+def command(trial: Trial) -> str:
+    """The line that runs a trial alone, into a folder of its own."""
+    name = TASKS[trial.condition.task].preset
+    before = TrainSpec(**preset(trial.condition.task)).as_dict()
+    words = ["hopdeq-lwpf", "train", name.removeprefix("train_")]
+    for key, value in trial.settings().items():
+        if key in ("model", "data"):
+            for option, entry in value.items():
+                if option not in before[key] or before[key][option] != entry:
+                    words += [f"--{key}.{option}", json.dumps(entry) if not isinstance(entry, str) else entry]
+        elif value != before[key]:
+            words += [f"--{key}", *_words(value)]
+    return shlex.join([*words, "--out", f"results/{trial.folder}"])
+
+
+def _words(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [entry if isinstance(entry, str) else json.dumps(entry) for entry in values]
+
+
+def _settings(study: Study) -> list[str]:
+    settings = study.spec.as_dict()
+    text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
+    trial = study.trials[0]
+    return [
+        "<h2>Settings, and how to run this again</h2>",
+        "<p>Save these lines as <code>settings.yaml</code>, then "
+        "<code>hopdeq-lwpf compare --config settings.yaml</code>. Trials that the folder holds are not run again.</p>",
+        f"<pre>{escape(text)}</pre>",
+        "<p>One trial alone, here the first; the settings of each stand in <code>config.yaml</code> of its folder, "
+        "for <code>hopdeq-lwpf train --config</code>:</p>",
+        f"<pre>{escape(command(trial))}</pre>",
+        *(
+            f"<details><summary>Settings of the first trial of {escape(first.condition.task)}</summary><pre>"
+            f"{escape(yaml.safe_dump(first.settings(), sort_keys=False, default_flow_style=None))}</pre></details>"
+            for first in (
+                next(t for t in study.trials if t.condition.task == task) for task in study.spec.task
+            )
+        ),
+        settings_element(settings),
+    ]
