@@ -93,8 +93,10 @@ def test_a_record_says_everything_about_its_trial(finished):
         assert found["train_score"] == pytest.approx(last["train/accuracy"], rel=1e-5)
         assert found["steps_max"] == last["train/layer/steps_max"]
         assert found["support"] == pytest.approx(last["val/layer/support"], rel=1e-5)
-        assert found["query_gradient"] is None
         solved = trial.condition.steps == "converged"
+        lost = solved and trial.condition.inject == "start"
+        assert (found["query_gradient"] == 0) == lost
+        assert found["forgotten"] == last["val/layer/forgotten"]
         assert (found["adjoint_steps"] is not None) == solved
         assert record["measures"] == found
 

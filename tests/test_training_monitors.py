@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hopdeq_lwpf import Equilibrium, Termination, retrieve
 from hopdeq_lwpf._types import AdjointReport, Result, Solution
-from hopdeq_lwpf.models import Hopfield, HopfieldPooling
+from hopdeq_lwpf.forgetting import PFU
+from hopdeq_lwpf.models import Hopfield, HopfieldPooling, RepertoireClassifier
 from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.training import GradientMonitor, SolutionMonitor, SpectrumMonitor, TrainSpec, train
 from hopdeq_lwpf.training.monitors import _Course, equilibrium_layers, same_randomness
@@ -194,6 +195,30 @@ def test_of_nested_layers_only_the_outermost_is_named():
     assert list(equilibrium_layers(nn.ModuleDict({"a": Hopfield(4), "ab": Hopfield(4)}))) == ["a", "ab"]
 
 
+def test_a_model_that_passes_on_a_solution_is_not_a_layer():
+    assert list(equilibrium_layers(RepertoireClassifier())) == ["hopfield"]
+
+
+@pytest.mark.parametrize(("inject", "arrives"), [("start", False), ("input", True)])
+def test_the_gradient_of_a_learned_query_is_recorded_also_where_it_is_lost(tmp_path, inject, arrives):
+    model = Pooled("softmax", inject)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "z0 was detached")
+        metrics = run(tmp_path, model, Bags())["metrics"]
+    assert (metrics["train/layer/query_gradient"] > 0) == arrives
+
+
+def test_the_share_that_forgets_everything_is_recorded():
+    course, pooling = _Course("val"), HopfieldPooling(4, num_heads=2, forgetting=PFU(1e6)).eval()
+    pooling(torch.randn(3, 5, 4))
+    course.add(pooling.last_solution, pooling)
+    assert course.means()["forgotten"] == 1
+    pooling.hopfield.f.forgetting = PFU(-1e6)
+    pooling(torch.randn(3, 5, 4))
+    course.add(pooling.last_solution, pooling)
+    assert course.means()["forgotten"] == 0.5
+
+
 def test_energy_and_support_of_a_layer_that_computes_them(tmp_path):
     metrics = run(tmp_path, Pooled(), Bags(), spectrum_every=1)["metrics"]
     model = Pooled()
@@ -219,10 +244,10 @@ def test_energy_and_support_of_a_layer_that_computes_them(tmp_path):
 class Pooled(nn.Module):
     """A pooled bag as one logit; the softmax is sharp enough to move the state."""
 
-    def __init__(self):
+    def __init__(self, separation="sparsemax", inject=None):
         super().__init__()
         torch.manual_seed(1)
-        self.layer = HopfieldPooling(4, steps=None, beta=4.0, separation="sparsemax")
+        self.layer = HopfieldPooling(4, steps=None, beta=4.0, separation=separation, inject=inject)
         self.head = nn.Linear(4, 1)
         nn.init.normal_(self.layer.hopfield.stored_projection.weight)
 

@@ -91,6 +91,11 @@ class HopfieldPooling(_Wrapper):
         self.pooling_weights = nn.Parameter(weights, requires_grad=given.trainable)
         nn.init.normal_(self.pooling_weights, 0.0, INITIAL_STD)
 
+    @property
+    def learned_query(self) -> nn.Parameter:
+        """The query of every bag: `pooling_weights`."""
+        return self.pooling_weights
+
     def reset_parameters(self) -> None:
         """New learned states and weights."""
         self.hopfield.reset_parameters()

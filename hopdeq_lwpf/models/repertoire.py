@@ -132,6 +132,8 @@ class RepertoireClassifier(nn.Module):
     back from there; PFU does not know the height of the scores.
     """
 
+    passes_on_solution = True  # for the monitors of training, which name the layer that it comes from
+
     def __init__(self, **options: Any) -> None:
         super().__init__()
         own, pooling = _sort(options)

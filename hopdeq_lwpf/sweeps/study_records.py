@@ -33,6 +33,7 @@ MONITORS = (
     "adjoint_steps",
     "adjoint_converged",
     "support",
+    "forgotten",
     "energy",
     "gradient_norm",
     "query_gradient",

@@ -188,7 +188,15 @@ def _scores_grid(study: Study, task: str) -> Grid:
 def _solves_grid(study: Study, task: str) -> Grid:
     lines = []
     for condition in study.conditions(task):
-        names = ("steps", "converged", "adjoint_steps", "support", "gradient_norm", "query_gradient")
+        names = (
+            "steps",
+            "converged",
+            "adjoint_steps",
+            "support",
+            "forgotten",
+            "gradient_norm",
+            "query_gradient",
+        )
         mean, tops = _means(study, condition, names), study.values(condition, "steps_max")
         lines.append(
             (
@@ -199,10 +207,20 @@ def _solves_grid(study: Study, task: str) -> Grid:
                 number(100 * mean["converged"], 1),
                 number(mean["adjoint_steps"], 1),
                 number(mean["support"], 1),
+                number(100 * mean["forgotten"], 1),
                 *("-" if math.isnan(mean[name]) else f"{mean[name]:.2g}" for name in names[-2:]),
             )
         )
-    header = ("forgetting", "steps", "steps mean", "max", "converged %", "adjoint steps", "support")
+    header = (
+        "forgetting",
+        "steps",
+        "steps mean",
+        "max",
+        "converged %",
+        "adjoint steps",
+        "support",
+        "forgot all %",
+    )
     title = f"{task}: what the layers did, mean over {epochs_name(study.spec, task)} and the seeds"
     return Grid(title, (*header, "gradient", "query gradient"), tuple(lines))
 

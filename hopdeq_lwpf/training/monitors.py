@@ -25,12 +25,14 @@ from hopdeq_lwpf.training.seeding import generators
 def equilibrium_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model that keep a `last_solution`, by qualified name; "model" where it is the model itself.
 
-    Of modules inside each other only the outermost: a Hopfield layer says what the equilibrium within it did.
+    Of modules inside each other only the outermost: a Hopfield layer says what the equilibrium within it did. A model
+    that passes on the Solution of a layer, and says so by `passes_on_solution`, is not one itself.
     """
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(outer == "model" or name.startswith(f"{outer}.") for outer in layers)
-        if not inside and hasattr(module, "last_solution"):
+        passed = getattr(module, "passes_on_solution", False)
+        if not inside and not passed and hasattr(module, "last_solution"):
             layers[name or "model"] = module
     return layers
 
@@ -44,7 +46,8 @@ class SolutionMonitor(Callback):
         converged: share of problems with result CONVERGED. nonfinite: share with result NONFINITE.
         adjoint_residual_max, adjoint_steps, adjoint_converged: of the backward solve (`Solution.adjoint`).
         energy, support: means, where the Solution has them (`Recall`); in the stage val also of layers that have
-        an `energy` or an `association_matrix`, of which support counts the weights above 0.
+        an `energy` or an `association_matrix`, of which support counts the weights above 0, and forgotten is the
+        share of problems without any: a layer that forgets everything recalls 0 and does not learn.
     Of a layer that is called several times in a batch it sees the last call; of a distributed run the problems
     of the first process.
     every: batches between two looks; 1 is all. A look keeps a few (B,) tensors and waits for no device.
@@ -126,9 +129,10 @@ def _remove(handles: list[Any]) -> None:
 # What is kept of a Solution by the metrics that are made from it; a mean has the name itself.
 MEANS = ("residual", "steps", "evaluations", "energy", "support", "adjoint_steps")
 MAXIMA = {"residual": "residual_max", "steps": "steps_max", "adjoint_residual": "adjoint_residual_max"}
-SHARES = {
+SHARES: dict[str, dict[str, int]] = {
     "result": {"converged": Result.CONVERGED, "nonfinite": Result.NONFINITE},
     "adjoint_result": {"adjoint_converged": Result.CONVERGED},
+    "support": {"forgotten": 0},
 }
 
 
@@ -197,22 +201,29 @@ class GradientMonitor(Callback):
     """Norms of gradients, before clipping; means over the steps of an epoch.
 
     Logs train/gradient_norm and gradient_norm_max of all parameters together, and for each equilibrium layer
-    train/LAYER/query_gradient: |dL/dx| of its first floating-point input that requires grad, over the batch. It
-    is absent where no input does (as in a first layer), and 0 where the gradient to the query is lost. Means
-    are over finite norms; nonfinite_gradients is the share of steps with a NaN or inf in a gradient.
+    train/LAYER/query_gradient: |dL/dx| of its first floating-point input that requires grad, over the batch; of a
+    layer with a `learned_query` that of this parameter. It is absent where nothing requires grad (as in a first
+    layer), and 0 where the gradient to the query is lost. Means are over finite norms; nonfinite_gradients is the
+    share of steps with a NaN or inf in a gradient.
     """
 
     def __init__(self) -> None:
         self._norms: list[Tensor] = []
         self._queries: dict[str, list[Tensor]] = {}
         self._handles: list[Any] = []
+        self._learned: dict[str, nn.Parameter] = {}
         self._scaler: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         layers = equilibrium_layers(getattr(pl_module, "model", pl_module))
+        self._learned = {}
         for name, module in layers.items():
-            self._handles.append(module.register_forward_pre_hook(self._watch(name), with_kwargs=True))
+            learned = getattr(module, "learned_query", None)
+            if isinstance(learned, nn.Parameter) and learned.requires_grad:
+                self._learned[name] = learned
+            else:
+                self._handles.append(module.register_forward_pre_hook(self._watch(name), with_kwargs=True))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _remove(self._handles)
@@ -225,6 +236,9 @@ class GradientMonitor(Callback):
         if gradients:
             parts = torch._foreach_norm(gradients)
             self._norms.append(torch.linalg.vector_norm(torch.stack([part.float() for part in parts])))
+        for name, learned in self._learned.items():
+            norm = torch.zeros(()) if learned.grad is None else torch.linalg.vector_norm(learned.grad.float())
+            self._queries.setdefault(name, []).append(norm)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = {f"train/{name}/query_gradient": _mean(norms) for name, norms in self._queries.items()}
