@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from problems import TIGHT, normal
-from timm_here import timm_or_skip
+from timm_here import Attention, timm_or_skip
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
@@ -16,33 +16,6 @@ from hopdeq_lwpf.models.converted import ConvertedTimmAttention
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 B, N, C, H = 2, 5, 8, 2
-
-
-class Attention(nn.Module):
-    """The parts, names and signature of timm 1.0.31's Attention, written from its description."""
-
-    def __init__(self, dim=C, heads=H, head_dim=None, norm=False, gated=False, fused=True, drop=0.0):
-        super().__init__()
-        self.num_heads, self.head_dim = heads, head_dim or dim // heads
-        self.attn_dim = heads * self.head_dim
-        self.scale, self.fused_attn = self.head_dim**-0.5, fused
-        self.qkv = nn.Linear(dim, 3 * self.attn_dim)
-        self.q_norm = nn.LayerNorm(self.head_dim) if norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(self.head_dim) if norm else nn.Identity()
-        self.attn_drop = nn.Dropout(drop)
-        self.norm = nn.LayerNorm(self.attn_dim) if norm else nn.Identity()
-        self.gate = nn.Linear(dim, self.attn_dim) if gated else None
-        self.proj = nn.Linear(self.attn_dim, dim)
-        self.proj_drop = nn.Dropout(drop)
-
-    def forward(self, x, attn_mask=None, is_causal=False):
-        parts = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]
-        dropout = self.attn_drop.p if self.training else 0.0
-        out = functional.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
-        out = self.norm(out.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
-        out = out if self.gate is None else out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
 
 
 class Older(nn.Module):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm_here import stand_in
 from torch import nn
+from torch.testing import assert_close
 
 from hopdeq_lwpf._checks import SpecError
 from hopdeq_lwpf.training import Learner, Learning, TrainSpec, build_data, build_network
@@ -328,3 +330,15 @@ def test_options_of_data_reach_what_they_are_for():
     first, second = (set(map(tuple, digits.parts[p].tensors[0].tolist())) for p in ("train", "val"))
     assert len(digits.parts["train"]) + len(digits.parts["val"]) == 1797
     assert not first & second
+
+
+def test_pictures_of_a_flat_data_set_reach_a_vision_transformer(monkeypatch):
+    stand_in(monkeypatch)
+    network = build_network({"model": "vision_transformer", "image_size": 8, "patch_size": 4, "width": 16})
+    data = build_data({"data": "pictures", "pictures": "digits", "batch_size": 5})
+    data.setup("fit")
+    pictures, classes = next(iter(data.val_dataloader()))
+    assert pictures.shape == (5, 64)
+    assert_close(network.eval()(pictures), network(pictures.reshape(5, 1, 8, 8)))
+    with pytest.raises(ValueError, match="Did you mean 'fashion'"):
+        build_data({"data": "pictures", "pictures": "fasion"})

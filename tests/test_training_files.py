@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule
 from test_training_run import BAGS, POOLING, command, settings
+from timm_here import stand_in
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -119,8 +120,10 @@ def test_an_unknown_key_of_a_settings_file_names_the_nearest(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in names("models") if name.startswith("train_")])
-def test_every_named_training_runs(name, tmp_path):
+def test_every_named_training_runs(name, tmp_path, monkeypatch):
     given = find("models", name)
+    if given["model"]["model"] == "vision_transformer":
+        stand_in(monkeypatch)
     spec = TrainSpec(**{**given, "epochs": 1, "limit_batches": 2, "out": str(tmp_path / "out")})
     assert given["out"] == f"results/{name}"
     run = train(spec)

@@ -3,13 +3,11 @@
 import copy
 import importlib
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 from problems import normal
-from test_conversion_timm import Attention
-from timm_here import timm_or_skip
+from timm_here import stand_in, timm_or_skip
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,52 +17,9 @@ from hopdeq_lwpf.models.vision import VisionTransformer
 SMALL = {"image_size": 8, "patch_size": 4, "width": 16, "depth": 2, "heads": 2}
 
 
-class StandIn(nn.Module):
-    """What VisionTransformer asks of timm's: these arguments, and attention in blocks."""
-
-    def __init__(  # noqa: PLR0913 (that of timm has more)
-        self,
-        *,
-        img_size,
-        patch_size,
-        in_chans,
-        num_classes,
-        embed_dim,
-        depth,
-        num_heads,
-        mlp_ratio,
-        drop_rate,
-        proj_drop_rate,
-        attn_drop_rate,
-    ):
-        super().__init__()
-        assert drop_rate == proj_drop_rate == attn_drop_rate
-        self.patches = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
-        self.place = nn.Parameter(torch.randn(img_size[0] * img_size[1] // patch_size**2, embed_dim))
-        hidden = int(mlp_ratio * embed_dim)
-        parts = (nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
-        blocks = [
-            nn.ModuleDict({"attn": Attention(embed_dim, num_heads, drop=drop_rate)}) for _ in range(depth)
-        ]
-        self.blocks, self.mlp = nn.ModuleList(blocks), nn.Sequential(*parts)
-        self.head = nn.Linear(embed_dim, num_classes)
-
-    def forward(self, images):
-        x = self.patches(images).flatten(2).transpose(1, 2) + self.place
-        for block in self.blocks:
-            x = x + block["attn"](nn.functional.layer_norm(x, x.shape[-1:]))
-        return self.head((x + self.mlp(x)).mean(1))
-
-
 @pytest.fixture(params=["stand-in", "timm"])
 def timm_models(request, monkeypatch):
-    if request.param == "timm":
-        return timm_or_skip()
-    package, models = ModuleType("timm"), ModuleType("timm.models")
-    package.models, models.VisionTransformer = models, StandIn
-    monkeypatch.setitem(sys.modules, "timm", package)
-    monkeypatch.setitem(sys.modules, "timm.models", models)
-    return models
+    return timm_or_skip() if request.param == "timm" else stand_in(monkeypatch)
 
 
 @pytest.mark.usefixtures("timm_models")

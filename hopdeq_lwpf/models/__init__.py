@@ -39,6 +39,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "hopfield": Hopfield,
     "pooling": HopfieldPooling,
     "lookup": HopfieldLayer,
+    "vision_transformer": VisionTransformer,
     "repertoire": RepertoireClassifier,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,36 +12,49 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from hopdeq_lwpf._types import unknown
-from hopdeq_lwpf.data import load_digits, modules
-from hopdeq_lwpf.data.bags import ImageBagOptions
+from hopdeq_lwpf.data import modules
+from hopdeq_lwpf.data.bags import PICTURES, ImageBagOptions, load_pictures
 from hopdeq_lwpf.data.bit_pattern import BitPatternOptions
 from hopdeq_lwpf.data.latch import LatchOptions
 from hopdeq_lwpf.data.repertoires import RepertoireOptions
 
 
-class Digits(LightningDataModule):
-    """The 1,797 handwritten digits as batches (pictures (B, 64) in [0, 1], classes (B,)).
+class Pictures(LightningDataModule):
+    """Pictures by name as batches (pictures (B, height * width) in [0, 1], classes (B,)).
 
-    batch_size: samples a batch. validation: share held out, drawn with `seed`, the same for every run.
+    pictures: "digits", the 1,797 that ship with the package; "mnist" or "fashion", from the IDX files of `folder` (see
+    `load_pictures`): their training images. batch_size: samples a batch. validation: share held out, drawn with
+    `seed`, the same for every run.
     """
 
-    def __init__(self, batch_size: int = 32, validation: float = 0.2, seed: int = 0) -> None:
+    def __init__(  # noqa: PLR0913 (settings of one data set)
+        self,
+        pictures: str = "digits",
+        folder: str | None = None,
+        *,
+        batch_size: int = 32,
+        validation: float = 0.2,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        if pictures not in PICTURES:
+            raise unknown("pictures", pictures, PICTURES)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
         if not 0 < validation < 1:
             raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
+        self.pictures, self.folder = pictures, folder
         self.batch_size = batch_size
         self.validation = validation
         self.seed = seed
         self.parts: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str) -> None:
-        pictures, digits = load_digits()
-        order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(self.seed))
-        held = round(self.validation * len(digits))
+        images, classes = load_pictures(self.pictures, self.folder)
+        order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(self.seed))
+        held = round(self.validation * len(classes))
         for name, rows in (("val", order[:held]), ("train", order[held:])):
-            self.parts[name] = TensorDataset(pictures[rows], digits[rows])
+            self.parts[name] = TensorDataset(images[rows], classes[rows])
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.parts["train"], self.batch_size, shuffle=True)
@@ -52,7 +66,8 @@ class Digits(LightningDataModule):
 Options = dict[str, type]
 # What a data module is made of: its options classes by argument, and the arguments of its own.
 DATASETS: dict[str, tuple[Callable[..., LightningDataModule], Options, tuple[str, ...]]] = {
-    "digits": (Digits, {}, ("batch_size", "validation", "seed")),
+    "digits": (partial(Pictures, "digits"), {}, ("batch_size", "validation", "seed")),
+    "pictures": (Pictures, {}, ("pictures", "folder", "batch_size", "validation", "seed")),
     "bit_pattern": (modules.BitPatternDataModule, {"task": BitPatternOptions}, ()),
     "latch": (modules.LatchDataModule, {"task": LatchOptions}, ()),
     "image_bags": (
@@ -91,7 +106,7 @@ def build_data(settings: Mapping[str, Any], seed: int = 0) -> LightningDataModul
         raise unknown("data", name, DATASETS)
     module, classes, own = DATASETS[name]
     fields = {argument: _called(name, argument, kind) for argument, kind in classes.items()}
-    loading = () if name == "digits" else LOADING
+    loading = () if name in ("digits", "pictures") else LOADING
     allowed = {*own, *loading, *(option for names in fields.values() for option in names)}
     options = {key: value for key, value in settings.items() if key != "data"}
     for key in options:

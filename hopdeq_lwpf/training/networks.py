@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hopdeq_lwpf._types import unknown
-from hopdeq_lwpf.models import HopfieldLayer, HopfieldPooling, build
+from hopdeq_lwpf.models import HopfieldLayer, HopfieldPooling, VisionTransformer, build
 from hopdeq_lwpf.options import construct
 from hopdeq_lwpf.solvers import Equilibrium, Termination
 from hopdeq_lwpf.solvers.base import check_count, check_number
@@ -120,8 +120,21 @@ class BagClassifier(nn.Module):
         return logits.squeeze(-1) if logits.shape[-1] == 1 else logits
 
 
+class PictureClassifier(nn.Module):
+    """Pictures (B, height * width), row by row as the data sets have them, or (B, channels, height, width) -> logits
+    of a `VisionTransformer`.
+    """
+
+    def __init__(self, vision: VisionTransformer) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, data: Tensor) -> Tensor:
+        return self.vision(data.unflatten(1, self.vision.image_shape) if data.ndim == 2 else data)
+
+
 LAYERS = ("hopfield", "pooling", "lookup")
-MODELS = ("repertoire",)  # of `models.build`, logits and all
+MODELS = ("repertoire", "vision_transformer")  # of `models.build`, logits and all
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"equilibrium": EquilibriumClassifier}
 
 
@@ -130,7 +143,7 @@ def build_network(settings: Mapping[str, Any]) -> nn.Module:
 
     "equilibrium": the options of `EquilibriumClassifier`. "hopfield", "pooling", "lookup": those of
     `BagClassifier` and of its layer (`hopdeq_lwpf.models.build`), with rtol and max_steps for its `stop`.
-    "repertoire": those of `RepertoireClassifier`, likewise.
+    "repertoire", "vision_transformer": those of `RepertoireClassifier` and `VisionTransformer`, likewise.
     An unknown name or option is a ValueError with the nearest.
     """
     name = settings.get("model")
@@ -145,6 +158,6 @@ def build_network(settings: Mapping[str, Any]) -> nn.Module:
         options["stop"] = Termination(**stop)
     if name in MODELS:
         model: nn.Module = build(options)
-        return model
+        return PictureClassifier(model) if isinstance(model, VisionTransformer) else model
     own = {key: options.pop(key) for key in ("outputs", "instances") if key in options}
     return BagClassifier(build(options), **own)
