@@ -42,6 +42,7 @@ class RetrievalContext(NamedTuple):
     start: Tensor  # (*batch, d): the state that the query makes
     pull: Tensor | float | None = None  # inject_weight as beta is laid out, where f divides by it
     half_squares: Tensor | None = None  # (N,) or (G, N): |xi|^2 / 2; None where scores need none, or make it
+    bias: Tensor | None = None  # (B, N): added to the scores, of models that have such a thing (dot only)
 
 
 class Retrieval(nn.Module):
@@ -233,25 +234,36 @@ class Retrieval(nn.Module):
         return self._association(z, _times(*self._weigh(z, x)))
 
     def select(self, x: RetrievalContext, live: Tensor) -> tuple[RetrievalContext, Tensor]:
-        """The context of the live queries (of every group that has one), and their rows."""
-        rows = live.nonzero().squeeze(1)
-        patterns, squares = x.patterns, x.half_squares
-        if patterns.ndim == 3:
-            length = live.shape[0] // patterns.shape[0]
-            groups = live.reshape(-1, length).any(1).nonzero().squeeze(1)
-            rows = (groups[:, None] * length + torch.arange(length, device=live.device)).reshape(-1)
-            patterns = patterns.index_select(0, groups)
-            squares = None if squares is None else squares.index_select(0, groups)
-        start = x.start.reshape(-1, x.start.shape[-1]).index_select(0, rows)
-        beta, pull = _rows(x.beta, rows), _rows(x.pull, rows)
-        mask, threshold, injected = (_rows(part, rows) for part in (x.mask, x.threshold, x.injected))
-        return RetrievalContext(patterns, beta, mask, threshold, injected, start, pull, squares), rows
+        """The context of the live queries, and their rows.
+
+        Where queries share patterns in groups, it is filled up so that each group that has some keeps equally many:
+        narrowed to whole groups, a solve would go on with nearly all queries for a few stragglers.
+        """
+        groups, rows = None, live.nonzero().squeeze(1)
+        if x.patterns.ndim == 3:
+            among = live.reshape(x.patterns.shape[0], -1)
+            counts = among.sum(1)
+            groups = counts.nonzero().squeeze(1)
+            first = among.index_select(0, groups).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+            rows = (groups[:, None] * among.shape[1] + first[:, : int(counts.max())]).reshape(-1)
+
+        def kept(part: Any) -> Any:
+            """The rows of what belongs to one query; numbers, scalars and masks (N,) are shared by all."""
+            return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part
+
+        start = kept(x.start.reshape(-1, x.start.shape[-1]))
+        narrowed = RetrievalContext(*map(kept, x._replace(start=None, patterns=None, half_squares=None)))  # type: ignore[arg-type]
+        shared = {"patterns": x.patterns, "half_squares": x.half_squares}
+        if groups is not None:
+            shared = {name: None if p is None else p.index_select(0, groups) for name, p in shared.items()}
+        return narrowed._replace(start=start, **shared), rows  # type: ignore[arg-type]
 
     def _scores(self, z: Tensor, x: RetrievalContext) -> Tensor:
         """s: (*batch, d) -> (B, N)."""
         flat = z.reshape(-1, z.shape[-1])
         if not self._euclidean:
-            return _products(flat * x.beta, x.patterns)
+            scores = _products(flat * x.beta, x.patterns)
+            return scores if x.bias is None else scores + x.bias
         # A small difference of large numbers: half precision, also that of autocast, would leave nothing of it.
         with _without_autocast(flat.device.type):
             flat, patterns = wide(flat), wide(x.patterns)
@@ -369,8 +381,3 @@ def _piece(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
 
 def _times(weights: Tensor, kept: Tensor | None) -> Tensor:
     return weights if kept is None else weights * kept
-
-
-def _rows(part: Tensor | float | None, rows: Tensor) -> Any:
-    """The rows of what belongs to one query; numbers, scalars and masks (N,) are shared by all."""
-    return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part

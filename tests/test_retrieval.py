@@ -153,6 +153,21 @@ def test_evaluate_is_the_step_and_the_energy(unit):
     assert_close(energy(), f.energy(z, x), rtol=1e-13, atol=1e-13)
 
 
+def test_a_narrowed_context_holds_the_live_queries_and_gives_them_the_same_step():
+    groups, length = 3, 5
+    f = Retrieval(torch.rand(groups, length) + 1, forgetting=PFU(), inject="input")
+    query = normal(groups, length, 4)
+    x = f.prepare(query, normal(groups, 7, 4, seed=2), torch.rand(groups, length, 7) < 0.2)
+    live = torch.zeros(groups * length, dtype=torch.bool)
+    live[[0, 3, 11]] = True
+    some, rows = f.select(x, live)
+    assert set(rows.tolist()) >= {0, 3, 11}
+    assert len(rows) == 4, "two of each of the two groups that have a live query"
+    z = normal(groups, length, 4, seed=3)
+    narrow = f(z.reshape(-1, 4)[rows], some)
+    assert_close(narrow, f(z, x).reshape(-1, 4)[rows], rtol=1e-13, atol=1e-14)
+
+
 def test_no_energy_and_no_metric_where_forgetting_acts_at_the_read_out_only():
     f = Retrieval(2.0, forgetting=ReLU(), mask_in_loop=False)
     x = f.prepare(normal(3, 4), normal(7, 4, seed=2))

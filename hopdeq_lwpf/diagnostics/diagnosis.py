@@ -149,6 +149,7 @@ def _storage(f: Retrieval, x: RetrievalContext) -> tuple[Storage | None, str]:
         ("an injected query", f.inject != "start"),
         ("euclidean scores", f.similarity != "dot"),
         ("a normalised state", f.normalization is not None),
+        ("a bias of the scores", x.bias is not None),
     ]
     found = [name for name, present in reasons if present]
     if found:

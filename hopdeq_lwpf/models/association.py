@@ -13,7 +13,7 @@ from torch.nn import functional
 from hopdeq_lwpf._layout import lay
 from hopdeq_lwpf._types import Solution, check_float_tensor, wide
 from hopdeq_lwpf.forgetting import Forgetting
-from hopdeq_lwpf.retrieval import Retrieval
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext
 from hopdeq_lwpf.solvers.solve import judge_step
 from hopdeq_lwpf.solvers.termination import Termination
 
@@ -28,20 +28,6 @@ class Heads(NamedTuple):
     bias: Tensor | None = None  # added to the scores, broadcastable likewise
 
 
-class AssociationContext(NamedTuple):
-    """The fields of `RetrievalContext`, and the bias."""
-
-    patterns: Tensor
-    beta: Tensor | float
-    mask: Tensor | None
-    threshold: Tensor | None
-    injected: Tensor | None
-    start: Tensor
-    pull: Tensor | float | None = None
-    half_squares: Tensor | None = None
-    bias: Tensor | None = None  # (B H L, S)
-
-
 class Association(Retrieval):
     """`Retrieval` for states (B, H, L, d) among the stored patterns (B, H, S, d) of their head.
 
@@ -49,21 +35,20 @@ class Association(Retrieval):
     bias does not depend on the state. beta: a number, a scalar tensor, or (H,).
     """
 
-    # The context goes as Any: it has the fields of RetrievalContext without being one, as tuples do not inherit.
-    def prepare(self, heads: Heads | AssociationContext) -> Any:  # type: ignore[override]
+    def prepare(self, heads: Heads | RetrievalContext) -> RetrievalContext:  # type: ignore[override]
         """The context of these heads; one that was made already passes as it is.
 
         So a solve and its read-out share the threshold and noise of the forgetting unit. Nothing is checked:
         the layers have done it.
         """
-        if isinstance(heads, AssociationContext):
+        if isinstance(heads, RetrievalContext):
             return heads
         x = self.lay_out(heads)
         if type(self.forgetting).draw is Forgetting.draw:
             return x
         return x._replace(threshold=self.forgetting.draw(self._scores(x.start, x), x.mask))
 
-    def lay_out(self, heads: Heads, threshold: Tensor | None = None) -> AssociationContext:
+    def lay_out(self, heads: Heads, threshold: Tensor | None = None) -> RetrievalContext:
         """The context of these heads with a threshold that was drawn before, or none yet."""
         if not heads.k.shape[2]:
             heads = _nothing(heads)
@@ -73,7 +58,7 @@ class Association(Retrieval):
         if self.inject == "input":
             pull = lay("inject_weight", _by_head(self.inject_weight), q)
             injected = q.reshape(-1, q.shape[-1]) * pull
-        return AssociationContext(
+        return RetrievalContext(
             patterns=k.reshape(-1, *k.shape[-2:]),
             beta=lay("beta", _by_head(self.beta), q),
             mask=_flatten(heads.mask, shape),
@@ -83,29 +68,6 @@ class Association(Retrieval):
             pull=pull,
             bias=_flatten(heads.bias, shape),
         )
-
-    def select(self, x: Any, live: Tensor) -> tuple[Any, Tensor]:
-        """The context of the live states, filled up so that each head that has some keeps equally many.
-
-        Heads share their stored patterns among their states, and rarely all states of one have stopped:
-        narrowed to whole heads alone, a solve would go on with nearly all states for a few stragglers.
-        """
-        among = live.reshape(x.patterns.shape[0], -1)
-        counts = among.sum(1)
-        heads = counts.nonzero().squeeze(1)
-        first = among.index_select(0, heads).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        rows = (heads[:, None] * among.shape[1] + first[:, : int(counts.max())]).reshape(-1)
-
-        def kept(part: Any) -> Any:
-            return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part
-
-        start = kept(x.start.reshape(-1, x.start.shape[-1]))
-        narrowed = AssociationContext(*map(kept, x._replace(start=None, patterns=None)))
-        return narrowed._replace(start=start, patterns=x.patterns.index_select(0, heads)), rows
-
-    def _scores(self, z: Tensor, x: Any) -> Tensor:
-        scores = super()._scores(z, x)
-        return scores if x.bias is None else scores + x.bias
 
 
 @dataclass(frozen=True)
@@ -125,7 +87,7 @@ class Associated:
     solved: Solution | None  # of the solve, with steps=None
 
     @property
-    def x(self) -> Any:
+    def x(self) -> RetrievalContext:
         """The context, laid out anew: spread masks are too large to keep until the next call."""
         return self.f.lay_out(self.heads, self.threshold)
 
