@@ -92,8 +92,13 @@ def test_study_settings(name, tmp_path):
     settings = find("sweeps", name)
     spec = StudySpec(**settings)
     assert spec.as_dict() == settings
-    small = StudySpec(**{**settings, "epochs": 1, "seeds": [0], "data": {"num_bags": 32}})
-    for number, trial in enumerate(small.trials()):
+    small = {
+        "epochs": 1, "seeds": [0], "forgetting": ["pfu"], "steps": [1, "converged"], "adjoint": ["implicit"],
+        "inject": ["input"], "train": {"limit_batches": 2},
+    }  # fmt: skip
+    trials = StudySpec(**{**settings, **small}).trials()
+    assert len(trials) == 2 * len(settings["task"])
+    for number, trial in enumerate(trials):
         found = run_trial(trial.settings(), tmp_path / str(number))
         assert found["failure"] is None
         assert found["curves"]["val/loss"][0] > 0
