@@ -52,7 +52,7 @@ class FixedPointFunction(Protocol):
     `evaluate(z, x)`: (f, energy, piece) at the price of one, called where it is there. energy: a tensor, or a
     function that makes it from what f computed, since solvers ask for few of them. Between two states of
     different piece, one number a problem, f has a kink (forgetting: how many patterns are kept); None: smooth.
-    `step(z, x)`: (f, read-out), where something else than the state is read out, at the price of f.
+    `step(z, x)`: (f, read-out), where another tensor than the state is read out, at the price of f.
     `metric(z, x)`: applies a symmetric positive definite M(z) for which M df/dz is self-adjoint; None: not known.
     `inject`: "input" says that the query enters every step, so that z0 may be detached without loss.
     `select(x, live)`: x for a subset of the problems that includes the live ones, and the rows that were

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from hopdeq_lwpf import settings
+from hopdeq_lwpf.arguments import together
 from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
 from hopdeq_lwpf.sweeps.study_arguments import with_tasks
 from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, TASKS, StudySpec
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given and given[0] in COMMANDS and COMMANDS[given[0]].tasks:
             tasks, given = with_tasks(given)
             commands = {**COMMANDS, given[0]: STUDY} if tasks else COMMANDS
+        given = together(given)
         chosen = _parser(commands).parse_args(given)
         command = commands[chosen.command]
         # as_dict, since a setting called "values" would meet the method of the same name.

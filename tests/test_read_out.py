@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import F64, normal
+from torch import nn
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -115,8 +116,6 @@ def test_a_read_out_that_f_does_not_have_is_refused():
 
 
 def test_a_layer_hands_out_the_read_out_and_keeps_the_state():
-    layer = Equilibrium(Retrieval(2.0))
-
     class Pair(Retrieval):
         def prepare(self, pair):
             return super().prepare(*pair)
@@ -126,3 +125,40 @@ def test_a_layer_hands_out_the_read_out_and_keeps_the_state():
     weights = layer(pair, read_out=True)
     assert_close(weights.sum(-1), torch.ones(4, dtype=F64))
     assert layer.last_solution.value.shape == (4, 3)
+
+
+class Reads(nn.Module):
+    """f(z, x) = tanh(W z + x), with what `read` makes of z and x beside it."""
+
+    state_ndim = 1
+
+    def __init__(self, read):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * normal(3, 3, seed=7))
+        self.read = read
+
+    def forward(self, z, x):
+        return torch.tanh(z @ self.weight + x)
+
+    def step(self, z, x):
+        return self(z, x), self.read(z, x)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=repr)
+def test_a_read_out_without_a_gradient_stays_so_and_the_state_keeps_its_own(adjoint):
+    x = normal(4, 3)
+    for read in (lambda z, x: (z > 0).double(), lambda z, x: 2 * x, lambda z, x: z.detach()):
+        f = Reads(read)
+        solution = fixed_point(
+            f, x, torch.zeros_like(x), solver="picard", stop=TIGHT, adjoint=adjoint, read_out=True
+        )
+        assert not solution.value.requires_grad
+        assert_close(solution.value, read(solution.state, x))
+        solution.state.square().sum().backward()
+        assert f.weight.grad.abs().max() > 0
+
+
+def test_several_tensors_cannot_be_read_out():
+    x = normal(4, 3)
+    with pytest.raises(TypeError, match="must read out one tensor, got tuple"):
+        fixed_point(Reads(lambda z, x: (z, z)), x, torch.zeros_like(x), solver="picard", read_out=True)

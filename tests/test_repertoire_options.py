@@ -119,3 +119,12 @@ def test_weights_are_drawn_anew():
     for name, part in model.state_dict().items():
         fixed = "norm" in name or name.endswith("bias")
         assert torch.equal(part, first[name]) == fixed, name
+
+
+@pytest.mark.parametrize("counts", ["weight", "input"])
+def test_a_count_beyond_the_range_of_float16_is_a_number(counts):
+    torch.manual_seed(0)
+    model = RepertoireClassifier(counts=counts).half().eval()
+    codes = torch.randint(0, 20, (1, 4, 12), dtype=torch.int8)
+    logits = model(codes, counts=torch.tensor([[100_000, 1, 1, 1]]))
+    assert logits.isfinite().all()

@@ -305,3 +305,22 @@ def test_a_saddle_is_left_in_few_steps_for_the_same_end():
     assert_close(quick.value, plain.value, rtol=1e-9, atol=1e-12)
     assert (quick.evaluations < 0.6 * slow.evaluations).all()
     assert (slow.evaluations < plain.evaluations).all()
+
+
+def test_an_energy_that_is_asked_for_late_runs_under_the_autocast_of_f():
+    class Bowl:
+        """f = -dE/dz + z for E = |W z|^2 / 2 - x.z, whose energy is a product that autocast makes bfloat16."""
+
+        state_ndim, has_energy = 1, True
+        weight = torch.tensor([[0.5, 0.1], [0.0, 0.3]], dtype=torch.bfloat16)
+
+        def __call__(self, z, x):
+            return z - ((z @ self.weight) @ self.weight.T).float() + x
+
+        def energy(self, z, x):
+            return 0.5 * (z @ self.weight).float().square().sum(-1) - (x * z).sum(-1)
+
+    x = torch.tensor([[0.1, 0.2], [0.3, -0.1]])
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = fixed_point(Bowl(), x, torch.zeros_like(x), solver="lbfgs", stop=Termination(rtol=1e-2))
+    assert solution.converged.all()

@@ -392,6 +392,9 @@ def test_the_study_is_written_and_shown(finished, capsys):
 
 
 def test_the_defaults_are_the_named_settings():
-    assert StudySpec().as_dict() == find("sweeps", "one_step_vs_converged")
+    named = find("sweeps", "one_step_vs_converged")
+    assert named.pop("task") == ["bit-pattern", "repertoires"]
+    assert StudySpec().task == ("bit-pattern",)
+    assert {name: value for name, value in StudySpec().as_dict().items() if name != "task"} == named
     assert len(StudySpec().conditions()) == 18
     assert len(StudySpec().trials()) == 90

@@ -14,7 +14,7 @@ from hopdeq_lwpf.sweeps.statistics import t_interval, t_quantile
 from hopdeq_lwpf.sweeps.study_plots import curves_of, draw
 from hopdeq_lwpf.sweeps.study_records import curves, measures
 from hopdeq_lwpf.sweeps.study_report import markdown, write_results
-from hopdeq_lwpf.sweeps.study_results import Study, differences, findings, summaries
+from hopdeq_lwpf.sweeps.study_results import Study, differences, epochs_name, findings, summaries
 from hopdeq_lwpf.sweeps.study_spec import TASKS, SpecError, StudySpec, StudyTask, preset
 from hopdeq_lwpf.sweeps.study_trial import run_trial
 
@@ -376,6 +376,8 @@ def test_pictures_show_the_numbers():
         ({"seeds": (1, 1)}, "seeds names a value twice"),
         ({"seeds": (-1,)}, "seeds must be a whole number of at least 0, got -1"),
         ({"epochs": 0}, "epochs must be a whole number of at least 1"),
+        ({"data": {"workers": 2}}, "data.workers must be 0 in a study"),
+        ({"units": {"none": {"unit": "pfu"}}}, "give the unit another name"),
         ({"last": 0}, "last must be"),
         ({"workers": 0}, "workers must be"),
         ({"workers": 1.5}, "workers must be"),
@@ -417,6 +419,25 @@ def test_each_task_averages_its_own_last_epochs():
     spec = StudySpec(task=("bit-pattern", "repertoires"))
     assert [spec.last_of(task) for task in spec.task] == [10, 1]
     assert StudySpec(task="repertoires", last=3).last_of("repertoires") == 3
+
+
+def test_a_short_study_does_not_speak_of_more_epochs_than_it_has():
+    assert epochs_name(StudySpec(epochs=3), "bit-pattern") == "the last 3 epochs"
+    assert epochs_name(StudySpec(epochs=1), "bit-pattern") == "the last epoch"
+    assert epochs_name(StudySpec(), "bit-pattern") == "the last 10 epochs"
+    assert epochs_name(StudySpec(), "repertoires") == "the last epoch"
+
+
+def test_shares_are_not_rounded_up_and_nan_at_any_time_counts():
+    spec = StudySpec(forgetting=("none",), steps=("converged",), adjoint=("implicit",), seeds=(0, 1))
+    trials = spec.trials()
+    records = [record(trial, 0.5) for trial in trials]
+    records[0]["curves"] |= {"converged": [0.2, *[0.99997] * 10], "nonfinite": [0.1, *[0.0] * 10]}
+    for each in records[1:]:
+        each["curves"] |= {"converged": [1.0] * 11, "nonfinite": [None] * 11}
+    said = next(line for line in findings(Study(spec, trials, tuple(records))) if "tolerance" in line)
+    assert "at least 99.99 % in every trial" in said
+    assert said.endswith("NaN or inf in a state at any time: 1.")
 
 
 def test_units_keep_what_is_not_named_and_take_text_as_values():

@@ -219,6 +219,15 @@ def test_the_share_that_forgets_everything_is_recorded():
     assert course.means()["forgotten"] == 0.5
 
 
+def test_what_met_nan_has_not_forgotten():
+    course, pooling = _Course("val"), HopfieldPooling(4).eval()
+    bags = torch.randn(4, 5, 4)
+    bags[1] = math.nan
+    pooling(bags)
+    course.add(pooling.last_solution, pooling)
+    assert (course.means()["forgotten"], course.means()["nonfinite"]) == (0, 0.25)
+
+
 def test_energy_and_support_of_a_layer_that_computes_them(tmp_path):
     metrics = run(tmp_path, Pooled(), Bags(), spectrum_every=1)["metrics"]
     model = Pooled()

@@ -248,14 +248,14 @@ class RepertoireClassifier(nn.Module):
         embeddings = self.embedding.embed(bags.codes, bags.lengths)
         if self.options.counts != "input" or bags.counts is None:
             return embeddings
-        measure = bags.counts.clamp_min(1).to(embeddings.dtype).log()
+        measure = bags.counts.clamp_min(1).double().log().to(embeddings.dtype)  # a count may exceed float16
         return torch.cat([embeddings, measure[:, None]], 1)
 
     def _padding(self, bags: SequenceBags) -> Tensor | None:
         """What is no sequence, (B, K): bool, or log(count) with -inf there, which the layer adds to the scores."""
         if self.options.counts != "weight" or bags.counts is None:
             return bags.absent()
-        return bags.padded(bags.counts.to(self.head.weight.dtype).log(), -math.inf)
+        return bags.padded(bags.counts.double().log().to(self.head.weight.dtype), -math.inf)
 
     @torch.no_grad()
     def _survey(self, bags: SequenceBags, scored: bool) -> tuple[Tensor, Tensor | None]:

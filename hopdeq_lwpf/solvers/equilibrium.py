@@ -85,7 +85,7 @@ class Equilibrium(nn.Module):
     ) -> State | Solution:
         """x -> the equilibrium (a tensor or pytree shaped as z0), or the whole Solution.
 
-        read_out: what f reads out there instead (see `fixed_point`).
+        read_out: what f reads out there instead (see `fixed_point`); `last_solution.value` is the state all the same.
         index: (B,) integers, which samples these are; for warm starts only.
         """
         if self.steps is None and torch.compiler.is_compiling():

@@ -48,11 +48,14 @@ def attach(
     if exact:
         with torch.no_grad(), f.full_precision():
             metric = f.metric(point.detach())
+    # What is read out without a gradient, such as a decision, stays so.
+    carried = read if read is not None and read.requires_grad else None
     recorded = _Recorded(
-        f, point, image, tuple(sources), tuple(gates), solve, exact, report, metric, read=read
+        f, point, image, tuple(sources), tuple(gates), solve, exact, report, metric, read=carried
     )
     refused = HIDDEN if hidden else "" if exact else INEXACT
-    return _Attach.apply(image, z.detach(), recorded, refused, read, *sources)
+    state, attached = _Attach.apply(image, z.detach(), recorded, refused, carried, *sources)
+    return state, read if carried is None else attached
 
 
 def gradient_of(image: Tensor, z: Tensor) -> Tensor:

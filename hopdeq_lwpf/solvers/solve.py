@@ -39,7 +39,8 @@ def fixed_point(  # noqa: PLR0913 (one call, every switch)
     adjoint: "implicit", "unrolled", "onestep", "neumann", "phantom", or an object with options.
     trace: record residual and energy of every evaluation (and evaluate energies where the solver would not).
     read_out: `value` is what f.step(z, x) -> (f, read-out) reads out, at the equilibrium or in the k-th application;
-        with the implicit adjoint this costs neither an evaluation nor memory. Else `value` is the state.
+        with the implicit adjoint this costs neither an evaluation nor memory. Not to be changed in place, since it is
+        what the backward pass needs. Else `value` is the state.
 
     Failure to converge is reported in the Solution and never raised here; an unconverged problem returns its
     iterate of lowest residual. Raises TypeError or ValueError for input that cannot be solved.

@@ -146,10 +146,11 @@ class FlatFunction:
     def step(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """f, (B, n) -> (B, n), and what it reads out at this state, as f returns it."""
         f: Any = self.f
-        if self._plain and self._checked:
-            return f.step(flat, self.x)
-        fz, read = f.step(self.view.unflatten(flat), self.x)
-        return self._flatten(fz), read
+        direct = self._plain and self._checked
+        fz, read = f.step(flat if direct else self.view.unflatten(flat), self.x)
+        if not isinstance(read, Tensor):
+            raise TypeError(f"f.step(z, x) must read out one tensor, got {type(read).__name__}")
+        return fz if direct else self._flatten(fz), read
 
     def evaluate(self, flat: Tensor) -> tuple[Tensor, Deferred, Tensor | None]:
         """f, its energy when it is asked for, and the piece of f that the state lies in: (B, n), (B,), (B,) or
@@ -158,12 +159,21 @@ class FlatFunction:
         f: Any = self.f
         if self._evaluate is None:
             z = self.view.unflatten(flat)
-            return self(flat), Deferred(lambda: f.energy(z, self.x).reshape(-1)), None
+            return self(flat), self._deferred(lambda: f.energy(z, self.x)), None
         direct = self._plain and self._checked
         fz, energy, piece = self._evaluate(flat if direct else self.view.unflatten(flat), self.x)
         compute = energy if callable(energy) else lambda: energy
-        wanted = Deferred(lambda: compute().reshape(-1))
-        return fz if direct else self._flatten(fz), wanted, None if piece is None else piece.reshape(-1)
+        image = fz if direct else self._flatten(fz)
+        return image, self._deferred(compute), None if piece is None else piece.reshape(-1)
+
+    def _deferred(self, energy: Callable[[], Tensor]) -> Deferred:
+        """The energy when a solver asks for it, under the autocast that f runs under."""
+
+        def compute() -> Tensor:
+            with self.recorded_precision() if self.autocast else nullcontext():
+                return energy().reshape(-1)
+
+        return Deferred(compute)
 
     def _flatten(self, fz: State) -> Tensor:
         """What f returned as (B, n); checked once."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hopdeq_lwpf._checks import SpecError
+from hopdeq_lwpf.arguments import settings_of
 from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, task_name
 
 
@@ -62,7 +62,7 @@ def _configured(arguments: Sequence[str]) -> tuple[list[Any] | None, list[str]]:
             rest.append(word)
             continue
         config = value if equal else words.pop(0)
-        content = _content(config)
+        content = settings_of(config)
         if content is not None and "task" in content:
             named = content.pop("task")
             tasks = named if isinstance(named, list) else [named]
@@ -70,13 +70,3 @@ def _configured(arguments: Sequence[str]) -> tuple[list[Any] | None, list[str]]:
             config = yaml.safe_dump(content, sort_keys=False)
         rest += ["--config", config]
     return tasks, rest
-
-
-def _content(config: str) -> dict[str, Any] | None:
-    """A settings file or its text as a mapping; None where it is none, which the parser says better."""
-    is_text = "\n" in config or config.lstrip().startswith("{")
-    try:
-        content = yaml.safe_load(config if is_text else Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -38,7 +38,7 @@ GLOSSARY = {
     "converged %": "share of the problems whose last step changed no more than the tolerance allows",
     "adjoint steps": "mean steps of the solve for the gradient; '-' where nothing is solved",
     "support": "mean number of instances with a weight above 0, in validation",
-    "forgotten": "share of states that keep no instance and recall 0, in validation",
+    "forgot all %": "share of states that keep no instance and recall 0, in validation",
     "gradient": "mean norm of the gradient of all parameters, before clipping",
     "query gradient": "mean norm of the loss's gradient to the input of the layer; '-' where the input is the data "
     "and has none",
@@ -132,7 +132,8 @@ def write_report(study: Study, captions: Mapping[str, str], folder: Path) -> Pat
         body += [_grid(grid) for grid in grids if grid.title.startswith(f"{task}:")]
     body += [
         "<details><summary>What the columns mean</summary>",
-        table(("column", "meaning"), [*GLOSSARY.items(), *KINDS.items()], "glossary"),
+        table(("column", "meaning"), GLOSSARY.items(), "glossary"),
+        "<p>What is compared in pairs: " + "; ".join(escape(text) for text in KINDS.values()) + ".</p>",
         "</details>",
         *_failures(study),
         *_warnings(study),

@@ -152,7 +152,7 @@ def summaries(study: Study) -> list[Grid]:
 
 def epochs_name(spec: StudySpec, task: str) -> str:
     """'the last 10 epochs': what scores are averaged over."""
-    last = spec.last_of(task)
+    last = min(spec.last_of(task), spec.epochs_of(task))
     return "the last epoch" if last == 1 else f"the last {last} epochs"
 
 
@@ -351,9 +351,15 @@ def _solves(study: Study, task: str) -> list[str]:
     if not shares:
         return []
     share, worst = min(shares, key=lambda pair: pair[0])
-    bad = sum(int((study.values(c, "nonfinite") > 0).sum()) for c in study.conditions(task))
-    reached = "all" if share == 1 else f"at least {100 * share:.2f} % in every trial (lowest: {_full(worst)})"
+    bad = sum(
+        any(value for value in record["curves"].get("nonfinite", ()))
+        for trial, record in zip(study.trials, study.records, strict=True)
+        if record is not None and trial.condition.task == task
+    )
+    # A share is never rounded up.
+    least = math.floor(1e4 * share) / 100
+    reached = "all" if share == 1 else f"at least {least:.2f} % in every trial (lowest: {_full(worst)})"
     return [
         f"Solves of converged trainings that reached the tolerance, over {epochs_name(study.spec, task)}: {reached}. "
-        f"Trials with NaN or inf in a state: {bad}."
+        f"Trials with NaN or inf in a state at any time: {bad}."
     ]

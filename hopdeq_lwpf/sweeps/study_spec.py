@@ -102,8 +102,8 @@ class Trial:
 class StudySpec:
     """Settings of `hopdeq-lwpf compare --task bit-pattern`; every field is an option and a key of the YAML file.
 
-    The reasons for the defaults stand beside them in `sweeps/one_step_vs_converged.yaml`. Raises SpecError for a
-    value that makes no sense.
+    The reasons for the defaults stand beside them in `sweeps/one_step_vs_converged.yaml`, which has two tasks.
+    Raises SpecError for a value that makes no sense.
     """
 
     task: tuple[str, ...] = option(("bit-pattern",), f"what is learned, any of {', '.join(TASKS)}")
@@ -170,6 +170,8 @@ class StudySpec:
                 raise SpecError(f"{name} is empty: give at least one")
             if len(set(value)) != len(value):
                 raise SpecError(f"{name} names a value twice: {list(value)}")
+        if "none" in self.units:
+            raise SpecError("units.none: 'none' is no forgetting; give the unit another name")
         for name, unit in self.units.items():
             choice(f"units: the unit of {name!r}", unit["unit"], ("keep", *FORGETTING[1:]))
 
@@ -179,6 +181,11 @@ class StudySpec:
         for name in GRID:
             if name in self.model:
                 raise SpecError(f"model.{name} is set by the conditions of the study: use {name} instead")
+        if self.data.get("workers"):
+            raise SpecError(
+                "data.workers must be 0 in a study, whose trials run in processes of their own; for more of them at a "
+                "time use workers"
+            )
         known = [entry.name for entry in fields(TrainSpec)]
         own = {"model": "model", "data": "data", "epochs": "epochs", "seed": "seeds", "out": "out"}
         for name in self.train:
@@ -222,10 +229,13 @@ class StudySpec:
         base["model"] = {**base["model"], **self.model, **chosen}
         base["data"] = {**base["data"], **self.data}
         base.update(self.train, seed=seed, out=TrainSpec().out)
-        epochs = TASKS[condition.task].epochs if self.epochs is None else self.epochs
-        if epochs is not None:
-            base["epochs"] = epochs
+        base["epochs"] = self.epochs_of(condition.task)
         return Trial(condition, seed, TrainSpec(**base))
+
+    def epochs_of(self, task: str) -> int:
+        """How long a task is trained."""
+        own = TASKS[task].epochs if self.epochs is None else self.epochs
+        return preset(task).get("epochs", TrainSpec().epochs) if own is None else own
 
     def last_of(self, task: str) -> int:
         """How many epochs at the end are averaged for a task."""

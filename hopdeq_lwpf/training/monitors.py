@@ -47,7 +47,7 @@ class SolutionMonitor(Callback):
         adjoint_residual_max, adjoint_steps, adjoint_converged: of the backward solve (`Solution.adjoint`).
         energy, support: means, where the Solution has them (`Recall`); in the stage val also of layers that have
         an `energy` or an `association_matrix`, of which support counts the weights above 0, and forgotten is the
-        share of problems without any: a layer that forgets everything recalls 0 and does not learn.
+        share of problems without any (empty bags among them): what forgets everything recalls 0 and does not learn.
     Of a layer that is called several times in a batch it sees the last call; of a distributed run the problems
     of the first process.
     every: batches between two looks; 1 is all. A look keeps a few (B,) tensors and waits for no device.
@@ -194,7 +194,10 @@ def _asked(module: nn.Module, name: str) -> Tensor | None:
     value = getattr(module, "energy" if name == "energy" else "association_matrix", None)
     if not isinstance(value, Tensor):
         return None
-    return value if name == "energy" else (value > 0).sum(-1)
+    if name == "energy":
+        return value
+    support = (value > 0).sum(-1)
+    return support[~value.isnan().any(-1)]  # a state that met NaN has forgotten nothing
 
 
 class GradientMonitor(Callback):
@@ -237,7 +240,8 @@ class GradientMonitor(Callback):
             parts = torch._foreach_norm(gradients)
             self._norms.append(torch.linalg.vector_norm(torch.stack([part.float() for part in parts])))
         for name, learned in self._learned.items():
-            norm = torch.zeros(()) if learned.grad is None else torch.linalg.vector_norm(learned.grad.float())
+            gradient = learned.new_zeros(1) if learned.grad is None else learned.grad
+            norm = torch.linalg.vector_norm(gradient.float())
             self._queries.setdefault(name, []).append(norm)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
