@@ -40,8 +40,8 @@ GLOSSARY = {
     "support": "mean number of instances with a weight above 0, in validation",
     "forgot all %": "share of states that keep no instance and recall 0, in validation",
     "gradient": "mean norm of the gradient of all parameters, before clipping",
-    "query gradient": "mean norm of the loss's gradient to the input of the layer; '-' where the input is the data "
-    "and has none",
+    "query gradient": "mean norm of the loss's gradient to the query: the learned states of a pooling layer, else the "
+    "input of the layer; '-' where that is the data and has none",
 }
 METHOD = """Every trial is one run of <code>hopdeq-lwpf train</code> with the settings of the task and the unit, steps,
 gradient, injection and seed of its condition. The seed sets initial weights, order of the data and dropout, so
