@@ -49,7 +49,8 @@ that trials of one seed differ in the condition alone, and conditions are compar
 are k softmaxes, differentiated by ordinary autograd; converged solves for the equilibrium. Injection
 <em>start</em>: the query is where the dynamics begin; <em>input</em>: it acts in every step. Intervals are
 Student's over seeds; that of a paired difference is without 0 where the paired t test rejects equality. They
-say how another seed would change the result, not how other data would, and are not corrected for their number."""
+say how another seed would change the result, not how other data would, and are not corrected for their number.
+Where a seed fails now and then, scores are far from normal: the interval then is wide, and may pass 0 or 1."""
 
 
 def write_results(study: Study) -> list[Path]:
