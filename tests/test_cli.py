@@ -17,6 +17,7 @@ from rich.console import Console
 from hopdeq_lwpf import Termination, retrieve
 from hopdeq_lwpf.cli import COMMANDS, main
 from hopdeq_lwpf.data import Preprocessing, load_digits
+from hopdeq_lwpf.settings import find
 from hopdeq_lwpf.sweeps.progress import progress
 from hopdeq_lwpf.sweeps.spec import CompareSpec
 from hopdeq_lwpf.sweeps.study_spec import TASKS, StudySpec
@@ -213,7 +214,7 @@ def test_printed_settings_read_back(capsys, tmp_path):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["one_step_vs_converged"],
+        ["one_step_vs_converged", "--task", "bit-pattern"],
         ["--task", "bit-pattern"],
         ["--task=bit_pattern"],
         ["--config", "{task: bit-pattern}"],
@@ -228,6 +229,12 @@ def test_ways_to_name_a_study(arguments, capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     spec = StudySpec(seeds=(7, 8), units={"relu": {"unit": "relu", "min_keep": 2}})
     assert StudySpec(**printed) == spec
+
+
+def test_the_named_study_has_its_own_tasks(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", "one_step_vs_converged", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == find("sweeps", "one_step_vs_converged")
 
 
 @pytest.mark.parametrize(
