@@ -177,7 +177,7 @@ def _sample(
     chosen = torch.randperm(view.problems, generator=torch.Generator().manual_seed(seed))[:sample]
     live = torch.zeros(view.problems, dtype=torch.bool)
     live[chosen] = True
-    # Queries that share patterns with a chosen one come along; they are as good a sample.
+    # Others may come along, so that all groups keep equally many; they are as good a sample.
     some, kept = select(x, live.to(flat.device))
     start = None if z0 is None else view.unflatten(view.flatten(z0).index_select(0, kept))
     return view.unflatten(flat.index_select(0, kept)), start, some, kept
