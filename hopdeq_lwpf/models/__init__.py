@@ -9,6 +9,7 @@ from torch import nn
 
 from hopdeq_lwpf.forgetting import UNITS, Forgetting
 from hopdeq_lwpf.models.conversion import convert_attention
+from hopdeq_lwpf.models.ham import CHN, HAM
 from hopdeq_lwpf.models.hopfield import Hopfield
 from hopdeq_lwpf.models.learned_patterns import HopfieldLayer, HopfieldPooling
 from hopdeq_lwpf.models.repertoire import RepertoireClassifier, SequenceAttention
@@ -20,6 +21,8 @@ from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.settings import find
 
 __all__ = [
+    "CHN",
+    "HAM",
     "Hopfield",
     "HopfieldDecoderLayer",
     "HopfieldEncoderLayer",
@@ -41,6 +44,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lookup": HopfieldLayer,
     "vision_transformer": VisionTransformer,
     "repertoire": RepertoireClassifier,
+    "ham": HAM,
+    "chn": CHN,
 }
 
 

@@ -1,6 +1,6 @@
 """Solvers, stopping rule, adjoints, fixed_point() and Equilibrium; they know no model."""
 
-from hopdeq_lwpf.solvers.adjoints import Adjoint, Implicit, Neumann, OneStep, Phantom, Unrolled
+from hopdeq_lwpf.solvers.adjoints import Adjoint, EqProp, Implicit, Neumann, OneStep, Phantom, Unrolled
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Iterate, Solver
 from hopdeq_lwpf.solvers.broyden import Broyden
@@ -21,6 +21,7 @@ __all__ = [
     "Adjoint",
     "Anderson",
     "Bound",
+    "EqProp",
     "Broyden",
     "Equilibrium",
     "Implicit",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hopdeq_lwpf.training.datasets import build_data as build_data
     from hopdeq_lwpf.training.learner import Learner as Learner
     from hopdeq_lwpf.training.learner import Learning as Learning
+    from hopdeq_lwpf.training.madam import Madam as Madam
     from hopdeq_lwpf.training.metrics import Metrics as Metrics
     from hopdeq_lwpf.training.metrics import MetricsFile as MetricsFile
     from hopdeq_lwpf.training.metrics import read_metrics as read_metrics
@@ -33,6 +34,7 @@ _HOME = {
     "GradientMonitor": "monitors",
     "Learner": "learner",
     "Learning": "learner",
+    "Madam": "madam",
     "Metrics": "metrics",
     "MetricsFile": "metrics",
     "SeededEpochs": "seeding",

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from hopdeq_lwpf._types import unknown
+from hopdeq_lwpf.training.madam import Madam
 from hopdeq_lwpf.training.scores import area_under_curve, gather, hits, loss_of, margins
 from hopdeq_lwpf.training.spec import LOSSES, OPTIMIZERS, SCHEDULES
 
@@ -132,6 +133,7 @@ class Learner(LightningModule):
             "adamw": torch.optim.AdamW,
             "adam": torch.optim.Adam,
             "sgd": partial(torch.optim.SGD, momentum=0.9),
+            "madam": Madam,
         }
         optimizer = kinds[options.optimizer](
             trained, lr=options.learning_rate, weight_decay=options.weight_decay

@@ -134,7 +134,7 @@ class PictureClassifier(nn.Module):
 
 
 LAYERS = ("hopfield", "pooling", "lookup")
-MODELS = ("repertoire", "vision_transformer")  # of `models.build`, logits and all
+MODELS = ("repertoire", "vision_transformer", "ham", "chn")  # of `models.build`, logits and all
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"equilibrium": EquilibriumClassifier}
 
 
@@ -143,7 +143,8 @@ def build_network(settings: Mapping[str, Any]) -> nn.Module:
 
     "equilibrium": the options of `EquilibriumClassifier`. "hopfield", "pooling", "lookup": those of
     `BagClassifier` and of its layer (`hopdeq_lwpf.models.build`), with rtol and max_steps for its `stop`.
-    "repertoire", "vision_transformer": those of `RepertoireClassifier` and `VisionTransformer`, likewise.
+    "repertoire", "vision_transformer", "ham", "chn": those of `RepertoireClassifier`, `VisionTransformer`, `HAM` and
+    `CHN`, likewise; the states of the output layer of the last two are the logits.
     An unknown name or option is a ValueError with the nearest.
     """
     name = settings.get("model")

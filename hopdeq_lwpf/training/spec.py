@@ -10,7 +10,7 @@ from typing import Any
 from hopdeq_lwpf._checks import SpecError, choice, number, option, whole
 
 LOSSES = ("cross_entropy", "binary", "mse")
-OPTIMIZERS = ("adamw", "adam", "sgd")
+OPTIMIZERS = ("adamw", "adam", "sgd", "madam")
 SCHEDULES = ("constant", "cosine", "linear")
 LOGGERS = ("csv", "tensorboard", "wandb")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
