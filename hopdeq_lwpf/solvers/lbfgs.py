@@ -21,7 +21,8 @@ class _Pair(NamedTuple):
     s_dual: Tensor
     y_dual: Tensor
     rho: Tensor  # (B, 1): 1 / <s, y>, 0 where the pair is not used
-    growth: Tensor  # (B, 1): -<s, y> / <s, s>, by how much the residual grew along s
+    curvature: Tensor  # (B, 1): <s, y>, below 0 where the residual grew along s
+    length: Tensor  # (B, 1): <s, s>
 
 
 class _Memory(NamedTuple):
@@ -91,18 +92,21 @@ class LBFGS:
         pairs = (*old.pairs, _pair(old, now, r))[-self.memory :]
         accelerated = old.accelerated
         if not bool(accelerated.all()):
-            accelerated = accelerated | self._slow(r, old.r, now)
+            fresh = self._aligned(r, old.r) & ~accelerated
+            if bool(fresh.any()):
+                accelerated = accelerated | (fresh & self._slow(r, old.r, now))
         new = old._replace(z=now.z, r=r, merit=None, piece=now.piece, pairs=pairs, accelerated=accelerated)
         new = self._guarded(old, new, now) if self.guard else new
-        plain = new.z + new.r
+        awake = int(torch.count_nonzero(new.accelerated))
         # Rows decide for themselves; where none is accelerated, as in easy problems, nothing more is computed.
-        if not bool(new.accelerated.any()):
-            return plain, new
+        if not awake:
+            return new.z + new.r, new
         if self.guard and new.merit is None:
             new = new._replace(merit=_merit(now, r))
         step = self._cap(_direction(new.r, new.pairs), new.r)
         step = self._escape(step, new, old)
-        return pick(new.accelerated, new.z + step, plain), new
+        far = new.z + step
+        return (far if awake == len(far) else pick(new.accelerated, far, new.z + new.r)), new
 
     def _guarded(self, old: _Memory, new: _Memory, now: Iterate) -> _Memory:
         """`new` with the steps taken back that raised the merit or crossed a kink."""
@@ -133,23 +137,24 @@ class LBFGS:
         Plain steps with a residual that grows by the factor 1 + growth each come to r ((1 + growth)^n - 1) / growth.
         """
         last = new.pairs[-1]
-        leaving = (last.rho == 0) & (last.growth > 0)
+        leaving = last.curvature < 0
         if not self.escape or not bool(leaving.any()):
             return step
         leaving = leaving & self._aligned(new.r, old.r)[:, None]
-        length = self.escape / last.growth.clamp(self.escape / self.step_cap, self.escape)
-        return torch.where(leaving, length * new.r, step)
+        growth = -last.curvature / torch.where(last.length > 0, last.length, 1.0)
+        times = self.escape / growth.clamp(self.escape / self.step_cap, self.escape)
+        return torch.where(leaving, times * new.r, step)
 
     def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
         lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)
         return (r * before).sum(-1) > self.align * lengths
 
     def _slow(self, r: Tensor, before: Tensor, now: Iterate) -> Tensor:
-        """Rows whose residual keeps its direction, and that plain steps would not finish soon."""
+        """Rows that plain steps would not finish soon."""
         length, longer = torch.linalg.vector_norm(r, dim=-1), torch.linalg.vector_norm(before, dim=-1)
         # The residual falls by length / longer a step.
         soon = length * (length / longer) ** self.patience
-        return self._aligned(r, before) & ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
+        return ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
 
 
 def _merit(now: Iterate, r: Tensor) -> Tensor:
@@ -162,7 +167,8 @@ def _slack(old: _Memory, now: Iterate) -> Tensor | float:
     if now.energy is None:
         return math.log(2.0)  # of a residual
     assert old.merit is not None
-    return 8 * now.eps * (2 * old.merit.abs() + old.z.square().sum(-1))
+    # 8 eps (2 |E| + |z|^2), the latter as the floor has it.
+    return torch.add(old.floor[:, 0] / (2 * now.eps), old.merit.abs(), alpha=16 * now.eps)
 
 
 def _first(now: Iterate, r: Tensor) -> _Memory:
@@ -212,5 +218,4 @@ def _pair(old: _Memory, now: Iterate, r: Tensor) -> _Pair:
     length = (s_dual * s).sum(-1, keepdim=True)
     good = curvature > torch.add(old.floor, length, alpha=1e-5)
     rho = torch.where(good, curvature, float("inf")).reciprocal()
-    growth = -curvature / torch.where(length > 0, length, 1.0)
-    return _Pair(s, y, s_dual, y_dual, rho, growth)
+    return _Pair(s, y, s_dual, y_dual, rho, curvature, length)
