@@ -99,5 +99,8 @@ def _mappings(config: str) -> dict[str, dict[str, Any]]:
 def _options(found: dict[str, dict[str, Any]]) -> list[str]:
     words = []
     for name, mapping in found.items():
-        words += [f"--{name}", yaml.safe_dump(mapping, default_flow_style=True, width=float("inf")).strip()]
+        words += [
+            f"--{name}",
+            yaml.safe_dump(mapping, default_flow_style=True, sort_keys=False, width=float("inf")).strip(),
+        ]
     return words

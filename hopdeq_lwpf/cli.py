@@ -22,14 +22,18 @@ from hopdeq_lwpf.arguments import together
 from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
 from hopdeq_lwpf.sweeps.study_arguments import with_tasks
 from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, TASKS, StudySpec
+from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
 from hopdeq_lwpf.training.spec import TrainSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from hopdeq_lwpf.sweeps.summary import Grid
 
 PROGRAM = "hopdeq-lwpf"
+MARK = "base"  # the key that settings of a sweep have and those of a comparison have not
 USAGE_ERROR, INTERRUPTED = 2, 130  # what shells and other tools use for these
 LOG_WIDTH = 200  # columns where there is no terminal that would say
 
@@ -53,6 +57,7 @@ class Command:
     help: str
     work: Callable[[Any], None]
     presets: tuple[str, str] | None = None  # (kind, prefix): the files KIND/PREFIX*.yaml may be named first
+    marked: bool | None = None  # of those, only the ones with (without) the key that marks a sweep
     tasks: bool = False  # --task chooses between this and a study
 
 
@@ -61,14 +66,7 @@ def _compare(spec: CompareSpec) -> None:
     from hopdeq_lwpf.sweeps.summary import findings, summaries
 
     comparison, paths = run(spec, _console(stderr=True))
-    console = _console()
-    for grid in summaries(comparison):
-        _show(grid, console)
-    for sentence in findings(comparison):
-        console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print("\nwritten:", highlight=False)
-    for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    _show_all(summaries(comparison), findings(comparison), paths)
 
 
 def _study(spec: StudySpec) -> None:
@@ -76,14 +74,15 @@ def _study(spec: StudySpec) -> None:
     from hopdeq_lwpf.sweeps.study_results import findings, summaries
 
     study, paths = run(spec, _console(stderr=True))
-    console = _console()
-    for grid in summaries(study):
-        _show(grid, console)
-    for sentence in findings(study):
-        console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print("\nwritten:", highlight=False)
-    for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    _show_all(summaries(study), findings(study), paths)
+
+
+def _sweep(spec: SweepSpec) -> None:
+    from hopdeq_lwpf.sweeps.sweep import run
+    from hopdeq_lwpf.sweeps.sweep_results import findings, summaries
+
+    sweep, paths = run(spec, _console(stderr=True))
+    _show_all(summaries(sweep), findings(sweep), paths)
 
 
 def _retrieve(spec: RetrieveSpec) -> None:
@@ -115,6 +114,7 @@ COMMANDS = {
         "one-step against converged retrieval, with and without forgetting: table, pictures, report",
         _compare,
         presets=("sweeps", ""),
+        marked=False,
         tasks=True,
     ),
     "retrieve": Command(RetrieveSpec, "recall stored patterns for the queries of a file", _retrieve),
@@ -124,6 +124,14 @@ COMMANDS = {
         _train,
         presets=("models", "train_"),
     ),
+    "sweep": Command(
+        SweepSpec,
+        "a grid of trainings over seeds: table, pairs, pictures, report; started again, it goes on with what is "
+        "missing",
+        _sweep,
+        presets=("sweeps", ""),
+        marked=True,
+    ),
 }
 # What `compare` does with a task that is trained.
 STUDY = Command(
@@ -132,6 +140,7 @@ STUDY = Command(
     "started again, it goes on with what is missing",
     _study,
     presets=("sweeps", ""),
+    marked=False,
 )
 
 
@@ -179,17 +188,32 @@ def _with_preset(given: list[str]) -> list[str]:
     name, (kind, prefix) = given[1], command.presets
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return [given[0], "--config", name, *given[2:]]
-    known = [entry for entry in settings.names(kind) if entry.startswith(prefix)]
+    known = _named(command)
     for candidate in (name, f"{prefix}{name}"):
         if candidate in known:
             # --config takes the text of a YAML file as well as its name.
-            return [given[0], "--config", yaml.safe_dump(settings.find(kind, candidate)), *given[2:]]
+            return [
+                given[0],
+                "--config",
+                yaml.safe_dump(settings.find(kind, candidate), sort_keys=False),
+                *given[2:],
+            ]
     short = [entry.removeprefix(prefix) for entry in known]
     near = _nearest(name.removeprefix(prefix), short)
     raise _UsageError(
         f"settings {name!r} are not one of {', '.join(short)}"
         + (f"; did you mean {near!r}?" if near else ", nor the name of a .yaml file")
     )
+
+
+def _named(command: Command) -> list[str]:
+    """The files that may follow a command by name."""
+    assert command.presets is not None
+    kind, prefix = command.presets
+    found = [entry for entry in settings.names(kind) if entry.startswith(prefix)]
+    if command.marked is None:
+        return found
+    return [entry for entry in found if (MARK in settings.find(kind, entry)) == command.marked]
 
 
 def _is_mistake(error: Exception) -> bool:
@@ -257,9 +281,7 @@ def _subparser(command: Command) -> ArgumentParser:
 def _description(command: Command) -> str:
     if command.presets is None:
         return command.help
-    kind, prefix = command.presets
-    known = [entry for entry in settings.names(kind) if entry.startswith(prefix)]
-    short = ", ".join(entry.removeprefix(prefix) for entry in known)
+    short = ", ".join(entry.removeprefix(command.presets[1]) for entry in _named(command))
     return f"{command.help}. First, if you like, the name of settings ({short}) or their YAML file."
 
 
@@ -323,6 +345,17 @@ def _console(*, stderr: bool = False) -> Console:
 
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=LOG_WIDTH)
+
+
+def _show_all(grids: Iterable[Grid], sentences: Iterable[str], paths: Iterable[Path]) -> None:
+    console = _console()
+    for grid in grids:
+        _show(grid, console)
+    for sentence in sentences:
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print("\nwritten:", highlight=False)
+    for path in paths:
+        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show(grid: Grid, console: Console) -> None:

@@ -22,6 +22,7 @@ from hopdeq_lwpf.data import (
     load_pictures,
     read_mil,
 )
+from hopdeq_lwpf.training import build_data
 
 IMAGES = torch.arange(30.0)[:, None] * torch.ones(2)
 LABELS = torch.arange(30) % 3
@@ -240,6 +241,29 @@ def test_pictures_that_do_not_fit_together_are_refused(tmp_path):
         load_pictures("mnits")
     with pytest.raises(ValueError, match="split 'val' is not one of"):
         load_pictures("mnist", tmp_path, "val")
+
+
+def test_the_test_images_of_the_files_may_be_the_validation_set(tmp_path):
+    write_pictures(tmp_path)
+    write_pictures(tmp_path, "t10k", labels=(3, 4))
+    options = {"data": "pictures", "pictures": "mnist", "folder": str(tmp_path)}
+    data = build_data({**options, "validation": "test"})
+    data.setup("fit")
+    (_, held), (_, trained) = (
+        next(iter(loader())) for loader in (data.val_dataloader, data.train_dataloader)
+    )
+    assert (sorted(held.tolist()), sorted(trained.tolist())) == ([3, 4], [1, 7])
+    halves = build_data({**options, "validation": 0.5})
+    halves.setup("fit")
+    (_, held), (_, trained) = (
+        next(iter(loader())) for loader in (halves.val_dataloader, halves.train_dataloader)
+    )
+    assert sorted([*held.tolist(), *trained.tolist()]) == [1, 7], "a share is held out of the training images"
+    with pytest.raises(ValueError, match="digits have none: give a share"):
+        build_data({"data": "pictures", "pictures": "digits", "validation": "test"})
+    for bad in ("tset", 0.0, 1.0):
+        with pytest.raises(ValueError, match="must be a share between 0 and 1 or 'test'"):
+            build_data({**options, "validation": bad})
 
 
 # --- multiple-instance files

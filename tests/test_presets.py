@@ -70,10 +70,11 @@ def test_model_settings(name):
     assert type(f.forgetting).__name__.lower() == kind
 
 
-STUDIES = [name for name in names("sweeps") if find("sweeps", name).get("task", RETRIEVAL) != RETRIEVAL]
+COMPARISONS = [name for name in names("sweeps") if "base" not in find("sweeps", name)]  # others: test_sweep
+STUDIES = [name for name in COMPARISONS if find("sweeps", name).get("task", RETRIEVAL) != RETRIEVAL]
 
 
-@pytest.mark.parametrize("name", [name for name in names("sweeps") if name not in STUDIES])
+@pytest.mark.parametrize("name", [name for name in COMPARISONS if name not in STUDIES])
 def test_sweep_settings(name, tmp_path):
     settings = find("sweeps", name)
     spec = CompareSpec(**settings)
@@ -109,12 +110,16 @@ def test_a_mapping_is_built_and_left_as_it_was():
         (solvers.build, {"solver": "anderson", "memory": 3}),
         (solvers.build, {"adjoint": "implicit", "solver": "gmres"}),
         (models.build, {"model": "retrieval", "beta": 2.0, "forgetting": {"unit": "topk", "k": 3}}),
+        (models.build, {"model": "ham", "layers": [4, 3, 2], "solver": {"solver": "picard", "damping": 0.1}}),
     ):
         before = copy.deepcopy(settings)
         build(settings)
         assert settings == before
     assert solvers.build({"adjoint": "implicit", "solver": "gmres"}) == solvers.Implicit("gmres")
     assert models.build({"model": "retrieval", "forgetting": {"unit": "topk", "k": 3}}).forgetting.k == 3
+    adjoint, stop = {"adjoint": "neumann", "terms": 8}, {"stop": "termination", "rtol": 0.1}
+    ham = models.build({"model": "ham", "layers": [4, 3, 2], "adjoint": adjoint, "stop": stop})
+    assert (ham.adjoint, ham.stop) == (solvers.Neumann(8), Termination(rtol=0.1))
 
 
 def test_every_unit_by_its_settings():

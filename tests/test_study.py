@@ -24,7 +24,7 @@ from hopdeq_lwpf.data import DataError
 from hopdeq_lwpf.sweeps.study import load, run_trials
 from hopdeq_lwpf.sweeps.study_records import TRIALS, add_record, measures, read_records
 from hopdeq_lwpf.sweeps.study_report import command
-from hopdeq_lwpf.sweeps.study_spec import SpecError, StudySpec
+from hopdeq_lwpf.sweeps.study_spec import TASKS, SpecError, StudySpec
 from hopdeq_lwpf.sweeps.study_trial import EpochClock, remove_checkpoints, run_trial, saved_bytes
 from hopdeq_lwpf.sweeps.study_workers import Job, run_jobs
 from hopdeq_lwpf.training import Learner, Learning, build_data, build_network, read_metrics, train
@@ -88,7 +88,7 @@ def test_a_record_says_everything_about_its_trial(finished):
         assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "config.yaml"}
         # Means over the last epoch, against the file that the training wrote.
         last = read_metrics(folder / "metrics.jsonl").records[-1]["metrics"]
-        found = measures(record, spec.last)
+        found = measures(record, spec.last, TASKS[record["condition"]["task"]].score)
         assert found["score"] == pytest.approx(last["val/accuracy"], rel=1e-5)
         assert found["train_score"] == pytest.approx(last["train/accuracy"], rel=1e-5)
         assert found["steps_max"] == last["train/layer/steps_max"]
@@ -135,7 +135,7 @@ def test_what_is_finished_is_not_run_again_also_by_another_spec(finished, monkey
         assert not list(jobs), "something was to be run"
         yield from ()
 
-    monkeypatch.setattr("hopdeq_lwpf.sweeps.study.run_jobs", never)
+    monkeypatch.setattr("hopdeq_lwpf.sweeps.engine.run_jobs", never)
     part = replace(spec, forgetting=("relu",), last=2, confidence=0.9, workers=1)
     again = run_trials(part)
     assert again.missing() == 0
@@ -387,7 +387,7 @@ def test_the_study_is_written_and_shown(finished, capsys):
     assert [row["hash"] for row in rows] == [trial.hash for trial in spec.trials()]
     assert {row["failure"] for row in rows} == {""}
     assert float(rows[0]["val/accuracy"]) == pytest.approx(
-        measures(finished[2].records[0], 1)["val/accuracy"]
+        measures(finished[2].records[0], 1, "val/accuracy")["val/accuracy"]
     )
 
 

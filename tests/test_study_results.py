@@ -269,7 +269,7 @@ def test_measures_are_means_over_the_last_epochs():
         0.0,
         curves={"val/accuracy": [0.9, 0.2, None, 0.4], "steps_max": [9.0, 1.0, 5.0, 2.0], "steps": [1.0] * 4},
     )
-    found = measures(made, 3)
+    found = measures(made, 3, "val/accuracy")
     assert found["score"] == pytest.approx(0.3)
     assert found["score_best"] == 0.9
     assert found["score_end"] == 0.4
@@ -404,7 +404,8 @@ def test_every_task_can_be_trained_and_has_its_score(task, tmp_path):
     found = run_trial(trial.settings(), tmp_path / "a")
     assert found["failure"] is None
     assert len(found["curves"][TASKS[task].score]) == 1
-    assert measures(record(trial, 0.0, **found), spec.last_of(task))["train_score"] is not None
+    made = measures(record(trial, 0.0, **found), spec.last_of(task), TASKS[task].score)
+    assert made["train_score"] is not None
 
 
 def test_settings_of_a_task_that_are_not_there_are_named(monkeypatch):

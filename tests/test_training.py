@@ -42,6 +42,12 @@ def test_losses_are_their_formulas(dtype):
         (a - b) ** 2 for a, b in zip(*(t.double().flatten().tolist() for t in (logits, other)), strict=True)
     )
     assert float(loss_of("mse", logits, other)) == pytest.approx(slow / 24, rel=tolerance)
+    slow = sum(
+        (v - (c == k)) ** 2
+        for row, c in zip(logits.double().tolist(), classes.tolist(), strict=True)
+        for k, v in enumerate(row)
+    )
+    assert float(loss_of("squared_error", logits, classes)) == pytest.approx(slow / 12, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,8 @@ def test_losses_are_their_formulas(dtype):
         ("cross_entropy", (5, 3), (4,), r"\(5, 3\) and \(4,\)"),
         ("binary", (5, 2), (5,), "take loss 'cross_entropy'"),
         ("mse", (5, 2), (5,), "one shape"),
+        ("squared_error", (5, 2), (4,), "take loss 'mse'"),
+        ("squared_error", (5, 2), (5, 2), "take loss 'mse'"),
     ],
 )
 def test_shapes_that_do_not_fit_say_so(name, output, target, message):
@@ -65,7 +73,8 @@ def test_an_unknown_loss_names_the_nearest():
 
 def test_hits_count_what_is_right_and_never_nan():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [math.nan, 0.0]])
-    assert hits("cross_entropy", logits, torch.tensor([0, 0, 0])).tolist() == [True, False, False]
+    for loss in ("cross_entropy", "squared_error"):
+        assert hits(loss, logits, torch.tensor([0, 0, 0])).tolist() == [True, False, False]
     assert hits("binary", torch.tensor([[1.0], [-1.0], [math.nan]]), torch.tensor([1, 1, 0])).tolist() == [
         True,
         False,
@@ -155,6 +164,22 @@ def test_the_rate_rises_then_falls_to_nothing(schedule):
     assert rate_factor(100, schedule=schedule, warmup=0, total=20) == (schedule == "constant")
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+def test_the_rate_falls_to_the_share_that_was_asked_for(schedule):
+    options = {"schedule": schedule, "warmup": 2, "total": 12}
+    factors = [rate_factor(step, final=0.1, **options) for step in range(13)]
+    plain = [rate_factor(step, **options) for step in range(13)]
+    assert factors[:3] == plain[:3], "the warm-up is as it was"
+    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    if schedule == "linear":
+        assert factors[7] == pytest.approx(0.55)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="final_rate must be"):
+            Learning(final_rate=bad)
+        with pytest.raises(ValueError, match="final_rate must be"):
+            TrainSpec(final_rate=bad)
+
+
 def test_the_optimiser_has_the_settings_and_leaves_frozen_weights():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     model[0].requires_grad_(False)
@@ -236,11 +261,12 @@ def test_every_setting_that_enters_the_numbers_is_compared():
     other = {
         "model": {"model": "pooling"}, "data": {"data": "latch"}, "loss": "mse", "optimizer": "sgd",
         "learning_rate": 1.0, "weight_decay": 1.0, "clip": None, "schedule": "cosine", "warmup": 1,
+        "final_rate": 0.5,
         "accumulate": 2, "limit_batches": 3, "precision": "64-true", "accelerator": "auto", "devices": 2, "seed": 1,
     }  # fmt: skip
     free = {
         "epochs": 3, "monitor": "val/auc", "loggers": ("csv",), "threads": 2, "resume": True, "out": "x",
-        "diagnostics": False, "spectrum_every": 2,
+        "diagnostics": False, "spectrum_every": 2, "iterations": {},
     }  # fmt: skip
     assert {*other, *free} == {field.name for field in dataclasses.fields(TrainSpec)}
     for name, value in other.items():

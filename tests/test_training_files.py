@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import signal
+import struct
 import subprocess
 
 import numpy as np
@@ -64,8 +66,9 @@ def test_every_field_can_be_given_on_the_command_line(tmp_path, capsys):
         "model": {**find("models", "train_bit_pattern")["model"], "beta": 2, "steps": None},
         "data": {**find("models", "train_bit_pattern")["data"], "num_signals": 4},
         "loss": "cross_entropy", "optimizer": "sgd", "learning_rate": 0.5, "weight_decay": 0.25, "clip": None,
-        "schedule": "linear", "warmup": 3, "epochs": 7, "accumulate": 2, "limit_batches": 9,
+        "schedule": "linear", "final_rate": 0.125, "warmup": 3, "epochs": 7, "accumulate": 2, "limit_batches": 9,
         "monitor": "val/auc", "diagnostics": False, "spectrum_every": 4, "loggers": ["csv", "wandb"],
+        "iterations": {"budget": 9},
         "precision": "64-true", "accelerator": "auto", "devices": 2, "threads": 3, "seed": 11, "resume": True,
         "out": str(tmp_path / "out"),
     }  # fmt: skip
@@ -124,10 +127,23 @@ def test_every_named_training_runs(name, tmp_path, monkeypatch):
     given = find("models", name)
     if given["model"]["model"] == "vision_transformer":
         stand_in(monkeypatch)
+    if given["data"].get("pictures") == "mnist":
+        given["data"]["folder"] = write_mnist(tmp_path / "mnist")
     spec = TrainSpec(**{**given, "epochs": 1, "limit_batches": 2, "out": str(tmp_path / "out")})
     assert given["out"] == f"results/{name}"
     run = train(spec)
     assert set(run.files) == {"metrics", "config", "last", "best"}
+
+
+def write_mnist(folder):
+    """IDX files of the shape of MNIST's with a few made-up pictures."""
+    folder.mkdir()
+    for stem in ("train", "t10k"):
+        for kind, shape in (("images-idx3", (70, 28, 28)), ("labels-idx1", (70,))):
+            content = bytes(i % (251 if kind == "images-idx3" else 10) for i in range(math.prod(shape)))
+            header = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+            (folder / f"{stem}-{kind}-ubyte").write_bytes(header + content)
+    return str(folder)
 
 
 # --- what stands in the folder

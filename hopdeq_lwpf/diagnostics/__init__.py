@@ -17,6 +17,7 @@ from hopdeq_lwpf.diagnostics.fixed_points import (
     classify,
     usage,
 )
+from hopdeq_lwpf.diagnostics.iterations import iterations_to
 from hopdeq_lwpf.diagnostics.spectrum import Spectrum, spectral_radius, steps_per_digit
 from hopdeq_lwpf.diagnostics.theory import (
     Capacity,
@@ -48,6 +49,7 @@ __all__ = [
     "capacity",
     "classify",
     "diagnose",
+    "iterations_to",
     "jacobian_bound",
     "log_lambert_w",
     "one_step_error_bound",

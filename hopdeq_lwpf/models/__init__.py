@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hopdeq_lwpf import solvers
 from hopdeq_lwpf.forgetting import UNITS, Forgetting
 from hopdeq_lwpf.models.conversion import convert_attention
 from hopdeq_lwpf.models.ham import CHN, HAM
@@ -52,11 +53,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 def build(settings: str | Mapping[str, Any]) -> Any:
     """A model from the settings of this name in models/, or from a mapping with a key `model`.
 
-    `forgetting` may be a name, or a mapping {unit: name, ...options}. Unknown names and options are errors.
+    `forgetting` may be a name, or a mapping {unit: name, ...options}; `solver`, `adjoint` and `stop` likewise, as in
+    solvers/: {solver: anderson, memory: 4}. Unknown names and options are errors.
     """
     options = dict(find("models", settings) if isinstance(settings, str) else settings)
     unit = options.get("forgetting")
     if isinstance(unit, Mapping):
         built: Forgetting = construct("unit", unit, UNITS)
         options["forgetting"] = built
+    for key in ("solver", "adjoint", "stop"):
+        if isinstance(options.get(key), Mapping):
+            options[key] = solvers.build(options[key])
     return construct("model", options, MODELS)

@@ -57,15 +57,19 @@ class LayerGraph:
     def odd(self) -> tuple[int, ...]:
         return self.free[::2]
 
+    @property
+    def same_parity(self) -> tuple[tuple[int, int], ...]:
+        """The pairs that join two even layers or two odd ones."""
+        return tuple((i, j) for i, j in self.pairs if (j - i) % 2 == 0)
+
     def check_even_odd(self) -> None:
         """Raise where two layers of one parity are connected: they cannot be updated at once."""
-        for i, j in self.pairs:
-            if (j - i) % 2 == 0:
-                parity = "even" if i % 2 == 0 else "odd"
-                raise ValueError(
-                    f"even_odd=True needs every connection to join an even and an odd layer, but skips has "
-                    f"{(i, j)}, both {parity}; leave it out or use even_odd=False"
-                )
+        for i, j in self.same_parity:
+            parity = "even" if i % 2 == 0 else "odd"
+            raise ValueError(
+                f"even_odd=True needs every connection to join an even and an odd layer, but skips has "
+                f"{(i, j)}, both {parity}; leave it out or use even_odd=False"
+            )
 
 
 def _pair(skip: object, count: int) -> tuple[int, int]:

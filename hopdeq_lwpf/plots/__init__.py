@@ -1,7 +1,8 @@
 """Pictures from tables and arrays; nothing here runs a solve.
 
 Every function returns a `matplotlib.figure.Figure` that is bound to no window and no global state;
-`save_figure` writes it as PNG and SVG. Colour tells the forgetting unit, line and marker the steps.
+`save_figure` writes it as PNG and SVG. Of recall and energy colour tells the forgetting unit, line and marker the
+steps; convergence has one panel or line a name.
 """
 
 from hopdeq_lwpf.plots.common import (
@@ -13,6 +14,7 @@ from hopdeq_lwpf.plots.common import (
     style,
     unit_colour,
 )
+from hopdeq_lwpf.plots.convergence import not_converged_figure, residual_heatmap
 from hopdeq_lwpf.plots.recall import (
     beta_figure,
     energy_figure,
@@ -29,8 +31,10 @@ __all__ = [
     "WIDTH",
     "beta_figure",
     "energy_figure",
+    "not_converged_figure",
     "picture_grid",
     "recall_figure",
+    "residual_heatmap",
     "save_figure",
     "steps_figure",
     "steps_name",

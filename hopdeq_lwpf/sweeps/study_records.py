@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from hopdeq_lwpf.data import DataError
-from hopdeq_lwpf.sweeps.study_spec import TASKS
 from hopdeq_lwpf.training.metrics import append
 
 Record = Mapping[str, Any]
@@ -37,6 +36,9 @@ MONITORS = (
     "energy",
     "gradient_norm",
     "query_gradient",
+    "iterations",
+    "iterations_published",
+    "not_converged",
 )
 MAXIMA = ("steps_max", "residual_max")
 
@@ -98,14 +100,14 @@ def curves(records: Sequence[Record]) -> dict[str, list[float | None]]:
     return found
 
 
-def measures(record: Record, last: int) -> dict[str, float | None]:
+def measures(record: Record, last: int, metric: str) -> dict[str, float | None]:
     """Numbers of one trial, None where unknown: scores and monitors over the last epochs, costs.
 
+    metric: what the score is, such as val/accuracy.
     score, train_score: means over the last `last` epochs; score_best, score_end: over all, and of the last.
     val/accuracy and others by their names, then the monitors, then the costs.
     """
     course: Mapping[str, list[float | None]] = record["curves"]
-    metric = TASKS[record["condition"]["task"]].score
     numbers: dict[str, float | None] = {
         "score": _over(course.get(metric, [])[-last:], metric),
         "score_best": max((v for v in course.get(metric, []) if v is not None), default=None),

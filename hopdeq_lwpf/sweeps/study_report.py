@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import shlex
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -15,12 +13,18 @@ import yaml
 from hopdeq_lwpf import plots
 from hopdeq_lwpf.data import replacing, staged_folder
 from hopdeq_lwpf.sweeps.page import figures, settings_element, table, write_page
+from hopdeq_lwpf.sweeps.sections import (
+    failures,
+    grid_element,
+    markdown_table,
+    train_command,
+    versions,
+    warnings,
+)
 from hopdeq_lwpf.sweeps.study_plots import draw
 from hopdeq_lwpf.sweeps.study_records import COSTS, MONITORS, SCORES, measures
 from hopdeq_lwpf.sweeps.study_results import KINDS, Study, findings, summaries
 from hopdeq_lwpf.sweeps.study_spec import TASKS, Trial, preset
-from hopdeq_lwpf.sweeps.summary import Grid
-from hopdeq_lwpf.training.spec import TrainSpec
 
 TITLE = "One step against equilibrium in training, with and without forgetting"
 NUMBERS = (
@@ -88,31 +92,16 @@ def _row(trial: Trial, record: Mapping[str, Any], last: int) -> dict[str, Any]:
     }
     if failure is not None:
         return {**row, "failure": f"{failure['error']}: {failure['message']}"}
-    return {**row, **measures(record, last)}
+    return {**row, **measures(record, last, TASKS[condition.task].score)}
 
 
 def markdown(study: Study) -> str:
     """The tables and findings for a page of documentation."""
     parts = [f"# {TITLE}", "\n".join(f"- {sentence}" for sentence in findings(study))]
-    parts += [f"**{grid.title}**\n\n{_markdown_table(grid)}" for grid in summaries(study)]
+    parts += [f"**{grid.title}**\n\n{markdown_table(grid)}" for grid in summaries(study)]
     parts.append("\n".join(f"- *{name}*: {text}." for name, text in GLOSSARY.items()))
-    parts.append(f"Versions: {_versions(study)}.")
+    parts.append(f"Versions: {versions(study.records)}.")
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(grid: Grid) -> str:
-    lines = [grid.header, tuple("---" for _ in grid.header), *grid.lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _versions(study: Study) -> str:
-    """Every set of versions that trials ran with; more than one where the study was continued with others."""
-    found = [
-        ", ".join(f"{name} {value}" for name, value in record["versions"].items())
-        for record in study.records
-        if record is not None and record["versions"]
-    ]
-    return "; and ".join(dict.fromkeys(found)) or "none"
 
 
 def write_report(study: Study, captions: Mapping[str, str], folder: Path) -> Path:
@@ -120,7 +109,7 @@ def write_report(study: Study, captions: Mapping[str, str], folder: Path) -> Pat
     grids = summaries(study)
     body = [
         f"<h1>{escape(TITLE)}</h1>",
-        f'<p class="soft">{escape(_asked(study))}<br>{escape(_versions(study))}</p>',
+        f'<p class="soft">{escape(_asked(study))}<br>{escape(versions(study.records))}</p>',
         "<h2>What the numbers say</h2>",
         "<ul>",
         *(f"<li>{escape(sentence)}</li>" for sentence in findings(study)),
@@ -130,21 +119,17 @@ def write_report(study: Study, captions: Mapping[str, str], folder: Path) -> Pat
     for task in study.spec.task:
         own = {name: text for name, text in captions.items() if name.split("-", 1)[1] == task}
         body += [f"<h2>{escape(task)}</h2>", *figures(own, folder)]
-        body += [_grid(grid) for grid in grids if grid.title.startswith(f"{task}:")]
+        body += [grid_element(grid) for grid in grids if grid.title.startswith(f"{task}:")]
     body += [
         "<details><summary>What the columns mean</summary>",
         table(("column", "meaning"), GLOSSARY.items(), "glossary"),
         "<p>What is compared in pairs: " + "; ".join(escape(text) for text in KINDS.values()) + ".</p>",
         "</details>",
-        *_failures(study),
-        *_warnings(study),
+        *failures(_failed(study), study.missing(), len(study.trials)),
+        *warnings(study.records),
         *_settings(study),
     ]
     return write_page(folder / "report.html", TITLE, body)
-
-
-def _grid(grid: Grid) -> str:
-    return f"<h3>{escape(grid.title)}</h3>{table(grid.header, grid.lines)}"
 
 
 def _asked(study: Study) -> str:
@@ -155,65 +140,16 @@ def _asked(study: Study) -> str:
     )
 
 
-def _failures(study: Study) -> list[str]:
-    failed = study.failures()
-    body = ["<h2>What failed</h2>"]
-    if not failed and not study.missing():
-        return [*body, "<p>Every trial finished.</p>"]
-    if study.missing():
-        body.append(
-            f'<p class="warn">{study.missing()} of {len(study.trials)} trials were not run; start the study '
-            "again with the settings below.</p>"
-        )
-    if failed:
-        body.append(
-            f'<p class="warn">{len(failed)} trials failed and count nowhere; starting the study again runs them '
-            "again.</p>"
-        )
-        lines = [
-            (
-                f"{trial.condition.name}, seed {trial.seed}",
-                f"{record['failure']['error']}: {record['failure']['message']}",
-                command(trial),
-            )
-            for trial, record in failed
-        ]
-        body.append(table(("trial", "failure", "alone"), lines))
-    return body
-
-
-def _warnings(study: Study) -> list[str]:
-    """Each warning with the number of trials that gave it."""
-    counts: dict[str, int] = {}
-    for record in study.records:
-        for text in record["warnings"] if record is not None else ():
-            counts[text] = counts.get(text, 0) + 1
-    if not counts:
-        return []
-    return [
-        "<h2>Warnings</h2>",
-        table(("trials", "warning"), [(str(count), text) for text, count in counts.items()], "glossary"),
-    ]
-
-
 def command(trial: Trial) -> str:
     """The line that runs a trial alone, into a folder of its own."""
-    name = TASKS[trial.condition.task].preset
-    before = TrainSpec(**preset(trial.condition.task)).as_dict()
-    words = ["hopdeq-lwpf", "train", name.removeprefix("train_")]
-    for key, value in trial.settings().items():
-        if key in ("model", "data"):
-            for option, entry in value.items():
-                if option not in before[key] or before[key][option] != entry:
-                    words += [f"--{key}.{option}", json.dumps(entry) if not isinstance(entry, str) else entry]
-        elif value != before[key]:
-            words += [f"--{key}", *_words(value)]
-    return shlex.join([*words, "--out", f"results/{trial.folder}"])
+    task = trial.condition.task
+    return train_command(TASKS[task].preset, preset(task), trial.settings(), f"results/{trial.folder}")
 
 
-def _words(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [entry if isinstance(entry, str) else json.dumps(entry) for entry in values]
+def _failed(study: Study) -> list[tuple[str, Mapping[str, Any], str]]:
+    return [
+        (f"{trial.name}, seed {trial.seed}", record, command(trial)) for trial, record in study.failures()
+    ]
 
 
 def _settings(study: Study) -> list[str]:

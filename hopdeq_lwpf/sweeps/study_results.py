@@ -31,8 +31,9 @@ class Study:
         numbers: dict[tuple[Condition, int], dict[str, float | None]] = {}
         for trial, record in zip(self.trials, self.records, strict=True):
             if record is not None and record["failure"] is None:
-                last = self.spec.last_of(trial.condition.task)
-                numbers[trial.condition, trial.seed] = measures(record, last)
+                task = trial.condition.task
+                found = measures(record, self.spec.last_of(task), TASKS[task].score)
+                numbers[trial.condition, trial.seed] = found
         object.__setattr__(self, "_numbers", numbers)
 
     def values(self, condition: Condition, name: str) -> Values:

@@ -83,19 +83,33 @@ class Trial:
     train: TrainSpec
 
     @property
+    def name(self) -> str:
+        """Of the condition, for progress."""
+        return self.condition.name
+
+    @property
     def hash(self) -> str:
         """Of all settings but out and resume: equal for trials that give the same numbers."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return settings_hash(self.settings())
 
     def settings(self) -> dict[str, Any]:
         """The settings of the training, without the two that say nothing about its numbers."""
-        return {key: value for key, value in self.train.as_dict().items() if key not in ("out", "resume")}
+        return numbers_of(self.train)
 
     @property
     def folder(self) -> str:
         """Name of the folder of its files."""
         return f"{self.condition.name.replace(' ', '-')}-seed{self.seed}-{self.hash[:8]}"
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """Of all settings; 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def numbers_of(train: TrainSpec) -> dict[str, Any]:
+    """The settings of a training that its numbers depend on."""
+    return {key: value for key, value in train.as_dict().items() if key not in ("out", "resume")}
 
 
 @dataclass(frozen=True)

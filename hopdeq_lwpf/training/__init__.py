@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hopdeq_lwpf.training.checkpoints import WholeFiles as WholeFiles
     from hopdeq_lwpf.training.checkpoints import load_weights as load_weights
     from hopdeq_lwpf.training.checkpoints import read_checkpoint as read_checkpoint
+    from hopdeq_lwpf.training.convergence import ConvergenceMonitor as ConvergenceMonitor
     from hopdeq_lwpf.training.datasets import build_data as build_data
     from hopdeq_lwpf.training.learner import Learner as Learner
     from hopdeq_lwpf.training.learner import Learning as Learning
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOME = {
     "CheckpointError": "checkpoints",
     "Checkpoints": "checkpoints",
+    "ConvergenceMonitor": "convergence",
     "GradientMonitor": "monitors",
     "Learner": "learner",
     "Learning": "learner",

@@ -18,13 +18,15 @@ from hopdeq_lwpf.data.bit_pattern import BitPatternOptions
 from hopdeq_lwpf.data.latch import LatchOptions
 from hopdeq_lwpf.data.repertoires import RepertoireOptions
 
+TEST = "test"  # the other images of the files
+
 
 class Pictures(LightningDataModule):
     """Pictures by name as batches (pictures (B, height * width) in [0, 1], classes (B,)).
 
     pictures: "digits", the 1,797 that ship with the package; "mnist" or "fashion", from the IDX files of `folder` (see
-    `load_pictures`): their training images. batch_size: samples a batch. validation: share held out, drawn with
-    `seed`, the same for every run.
+    `load_pictures`). batch_size: samples a batch. validation: "test", the test images of the files, or the share of the
+    training images that is held out, drawn with `seed`, the same for every run.
     """
 
     def __init__(  # noqa: PLR0913 (settings of one data set)
@@ -33,7 +35,7 @@ class Pictures(LightningDataModule):
         folder: str | None = None,
         *,
         batch_size: int = 32,
-        validation: float = 0.2,
+        validation: float | str = 0.2,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -41,8 +43,12 @@ class Pictures(LightningDataModule):
             raise unknown("pictures", pictures, PICTURES)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-        if not 0 < validation < 1:
-            raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
+        if validation == TEST and pictures == "digits":
+            raise ValueError(
+                "validation 'test' needs pictures with test images; digits have none: give a share"
+            )
+        if validation != TEST and not (isinstance(validation, (int, float)) and 0 < validation < 1):
+            raise ValueError(f"validation must be a share between 0 and 1 or {TEST!r}, got {validation!r}")
         self.pictures, self.folder = pictures, folder
         self.batch_size = batch_size
         self.validation = validation
@@ -51,6 +57,10 @@ class Pictures(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         images, classes = load_pictures(self.pictures, self.folder)
+        if isinstance(self.validation, str):
+            held_out = load_pictures(self.pictures, self.folder, TEST)
+            self.parts = {"train": TensorDataset(images, classes), "val": TensorDataset(*held_out)}
+            return
         order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(self.seed))
         held = round(self.validation * len(classes))
         for name, rows in (("val", order[:held]), ("train", order[held:])):

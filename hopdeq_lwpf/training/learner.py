@@ -26,8 +26,9 @@ class Learning:
     """How a model learns.
 
     The defaults are those of the published bit-pattern study: AdamW, 1e-3, weight decay 0.01 (clipping, with
-    norm 1, is an option of the Trainer). loss: see `scores.loss_of`. schedule: "constant", or down to 0 at the
-    last step as a "cosine" or a "linear" ramp; warmup: steps in which the rate grows linearly before that.
+    norm 1, is an option of the Trainer). loss: see `scores.loss_of`. schedule: "constant", or down to
+    final_rate (a share of learning_rate, 0 by default) at the last step as a "cosine" or a "linear" ramp; warmup: steps
+    in which the rate grows linearly before that.
     Raises ValueError for a name or a number that makes no sense.
     """
 
@@ -36,6 +37,7 @@ class Learning:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     schedule: str = "constant"
+    final_rate: float = 0.0
     warmup: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +48,8 @@ class Learning:
             raise ValueError(f"learning_rate must be a number above 0, got {self.learning_rate!r}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a number of at least 0, got {self.weight_decay!r}")
+        if not 0 <= self.final_rate <= 1:
+            raise ValueError(f"final_rate must be a share from 0 to 1, got {self.final_rate!r}")
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise ValueError(f"warmup must be a whole number of steps of at least 0, got {self.warmup!r}")
 
@@ -141,7 +145,13 @@ class Learner(LightningModule):
         if options.schedule == "constant" and not options.warmup:
             return optimizer
         total = self.trainer.estimated_stepping_batches if options.schedule != "constant" else 0
-        factor = partial(rate_factor, schedule=options.schedule, warmup=options.warmup, total=int(total))
+        factor = partial(
+            rate_factor,
+            schedule=options.schedule,
+            warmup=options.warmup,
+            total=int(total),
+            final=options.final_rate,
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -224,11 +234,12 @@ def split_batch(
     )
 
 
-def rate_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
+def rate_factor(step: int, *, schedule: str, warmup: int, total: int, final: float = 0.0) -> float:
     """What the learning rate is multiplied by at this step, counted from 0; see `Learning`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
         return 1.0
     done = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    left = (1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done
+    return final + (1 - final) * left

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hopdeq_lwpf.training.checkpoints import (
     check_weights,
     read_checkpoint,
 )
+from hopdeq_lwpf.training.convergence import ConvergenceMonitor
 from hopdeq_lwpf.training.datasets import build_data
 from hopdeq_lwpf.training.learner import Learner, Learning
 from hopdeq_lwpf.training.metrics import Metrics, MetricsFile, read_metrics
@@ -42,7 +43,7 @@ from hopdeq_lwpf.training.progress import EpochLines
 from hopdeq_lwpf.training.seeding import SeededEpochs, seed_everything
 from hopdeq_lwpf.training.spec import TrainSpec
 
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"
+METRICS, CONFIG, RESIDUALS = "metrics.jsonl", "config.yaml", "residuals.npz"
 # Of Lightning's advice this does not apply: workers and a logging interval suit large data; a checkpoint folder
 # that is not empty is what resuming needs; scores are reduced over processes before they are logged; one process
 # on a machine with an accelerator was asked for; data may come without a validation set; and what Lightning
@@ -138,14 +139,14 @@ def _built(kind: str, spec: TrainSpec, given: Any) -> Any:
 
 
 def _learning(spec: TrainSpec) -> Learning:
-    return Learning(
-        spec.loss, spec.optimizer, spec.learning_rate, spec.weight_decay, spec.schedule, spec.warmup
-    )
+    return Learning(**{entry.name: getattr(spec, entry.name) for entry in fields(Learning)})
 
 
 def _begin(spec: TrainSpec, out: Path) -> dict[str, Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = {"metrics": out / METRICS, "config": out / CONFIG, "last": out / LAST, "best": out / BEST}
+    if spec.iterations is not None:
+        files["residuals"] = out / RESIDUALS
     if is_first_process():
         # The settings of the run as a whole, which was not resumed when it began.
         settings = {**spec.as_dict(), "resume": False}
@@ -167,6 +168,8 @@ def _trainer(
         own += [SolutionMonitor(), GradientMonitor()]
     if spec.spectrum_every:
         own.append(SpectrumMonitor(spec.spectrum_every))
+    if spec.iterations is not None:
+        own.append(ConvergenceMonitor(**spec.iterations, path=out / RESIDUALS))
     # The file before the checkpoint: a run killed between the two repeats an epoch instead of losing its line.
     last: list[Callback] = [
         MetricsFile(out / METRICS),

@@ -13,8 +13,10 @@ from hopdeq_lwpf.training.spec import LOSSES
 def loss_of(name: str, output: Tensor, target: Tensor) -> Tensor:
     """The mean loss of a batch, a scalar.
 
-    name: "cross_entropy", logits (B, C, ...) and classes (B, ...) from 0; "binary", logits (B,) or (B, 1) and
-    targets of 0 and 1; "mse", output and target of one shape. Raises ValueError for shapes that do not fit.
+    name: "cross_entropy", logits (B, C, ...) and classes (B, ...) from 0; "squared_error", half the squared distance of
+    outputs (B, C) from the one-hot vectors of classes (B,), as Goemaere et al. 2024 train hierarchical memories;
+    "binary", logits (B,) or (B, 1) and targets of 0 and 1; "mse", output and target of one shape.
+    Raises ValueError for shapes that do not fit.
     """
     if name not in LOSSES:
         raise unknown("loss", name, LOSSES)
@@ -25,6 +27,14 @@ def loss_of(name: str, output: Tensor, target: Tensor) -> Tensor:
                 f"{tuple(target.shape)}; for one logit a sample take loss 'binary'"
             )
         return functional.cross_entropy(output, target.long())
+    if name == "squared_error":
+        if output.ndim != 2 or output.shape[:1] != target.shape:
+            raise ValueError(
+                f"loss 'squared_error' needs outputs (B, C) and classes (B,), got {tuple(output.shape)} and "
+                f"{tuple(target.shape)}; for targets of the shape of the output take loss 'mse'"
+            )
+        classes = functional.one_hot(target.long(), output.shape[1])
+        return (output - classes.to(output.dtype)).square().sum(1).mean() / 2
     if name == "binary":
         output = _column(output, target)
         return functional.binary_cross_entropy_with_logits(output, target.to(output.dtype))
@@ -49,7 +59,7 @@ def _column(output: Tensor, target: Tensor) -> Tensor:
 
 def hits(name: str, output: Tensor, target: Tensor) -> Tensor | None:
     """(B, ...) bool: which predictions are right; None where the loss has no classes. NaN is never right."""
-    if name == "cross_entropy":
+    if name in ("cross_entropy", "squared_error"):
         return (output.argmax(1) == target) & ~output.isnan().any(1)
     if name == "binary":
         output = _column(output, target)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hopdeq_lwpf._checks import SpecError, choice, number, option, whole
 
-LOSSES = ("cross_entropy", "binary", "mse")
+LOSSES = ("cross_entropy", "squared_error", "binary", "mse")
 OPTIMIZERS = ("adamw", "adam", "sgd", "madam")
 SCHEDULES = ("constant", "cosine", "linear")
 LOGGERS = ("csv", "tensorboard", "wandb")
@@ -18,7 +18,7 @@ PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "bf16-true")
 
 # Settings that a resumed run may change: they do not enter the numbers, or only say where a run ends.
 FREE = (
-    "epochs", "monitor", "diagnostics", "spectrum_every", "loggers", "threads", "resume", "out",
+    "epochs", "monitor", "diagnostics", "spectrum_every", "iterations", "loggers", "threads", "resume", "out",
 )  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class TrainSpec:
     weight_decay: float = option(0.01, "weight decay")
     clip: float | None = option(1.0, "gradients longer than this are scaled to it; null: never")
     schedule: str = option("constant", f"of the learning rate, one of {', '.join(SCHEDULES)}")
+    final_rate: float = option(0.0, "where a schedule ends, as a share of learning_rate")
     warmup: int = option(0, "steps in which the learning rate grows linearly from 0")
     epochs: int = option(10, "how many passes through the data")
     accumulate: int = option(1, "batches whose gradients are averaged for one step")
@@ -52,6 +53,9 @@ class TrainSpec:
     )
     diagnostics: bool = option(True, "record residual, steps, energy, gradients of the equilibrium layers")
     spectrum_every: int = option(0, "epochs between two spectral radii of one batch; 0: never")
+    iterations: dict[str, Any] | None = option(
+        None, "count the iterations to a residual: {budget: 40, every: 1, tolerance: 1.0e-4}; null: never"
+    )
     loggers: tuple[str, ...] = option((), f"beside metrics.jsonl, any of {', '.join(LOGGERS)}")
     precision: str = option("32-true", f"one of {', '.join(PRECISIONS)}")
     accelerator: str = option("cpu", f"one of {', '.join(ACCELERATORS)}")
@@ -74,10 +78,13 @@ class TrainSpec:
             raise SpecError(f"loggers names a value twice: {list(self.loggers)}")
         number("learning_rate", self.learning_rate, above=0)
         number("weight_decay", self.weight_decay, least=0)
+        number("final_rate", self.final_rate, least=0, most=1)
         if self.clip is not None:
             number("clip", self.clip, above=0)
         if self.limit_batches is not None:
             whole("limit_batches", self.limit_batches, least=1)
+        if self.iterations is not None:
+            object.__setattr__(self, "iterations", _iterations(self.iterations))
         for name in ("epochs", "accumulate", "devices", "threads"):
             whole(name, getattr(self, name), least=1)
         for name in ("warmup", "spectrum_every", "seed"):
@@ -102,7 +109,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     free = [name for name in FREE if name != "epochs" or now.get("schedule") == "constant"]
     flat_before, flat_now = _flat(before), _flat(now)
-    names = [name for name in {**flat_before, **flat_now} if name not in free]
+    names = [name for name in {**flat_before, **flat_now} if name.split(".")[0] not in free]
     return [
         f"{name} is {flat_before.get(name, 'not set')!r} in the checkpoint and "
         f"{flat_now.get(name, 'not set')!r} now"
@@ -122,6 +129,20 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def _iterations(given: object) -> dict[str, Any]:
+    """The settings of the count, all of them."""
+    known: dict[str, Any] = {"budget": 40, "every": 1, "tolerance": 1e-4}
+    if not isinstance(given, Mapping):
+        raise SpecError(f"iterations must be a mapping with any of {list(known)}, or null, got {given!r}")
+    for name in given:
+        choice("iterations", name, tuple(known))
+    found = {**known, **given}
+    whole("iterations.budget", found["budget"], least=2)
+    whole("iterations.every", found["every"], least=1)
+    number("iterations.tolerance", found["tolerance"], above=0)
+    return found
 
 
 def _mapping(name: str, value: object, key: str) -> dict[str, Any]:

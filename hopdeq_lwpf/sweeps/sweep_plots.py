@@ -1,0 +1,100 @@
+"""Pictures of a sweep, from its numbers and the residuals that its trials left; each returns a Figure."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hopdeq_lwpf import plots
+from hopdeq_lwpf.plots import WIDTH, style
+from hopdeq_lwpf.sweeps.engine import FOLDERS
+from hopdeq_lwpf.sweeps.sweep_results import Sweep, measure_name
+from hopdeq_lwpf.sweeps.sweep_spec import Cell
+from hopdeq_lwpf.training.run import RESIDUALS
+
+# Okabe and Ito's palette, by the last factor that has several levels.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PANELS = 8  # heat maps in one picture that are still readable
+
+
+def draw(sweep: Sweep) -> dict[str, tuple[str, Figure]]:
+    """Every picture that there are numbers for: (caption, figure) by name."""
+    spec, figures = sweep.spec, {}
+    known = [m for m in spec.measures if any(not np.isnan(sweep.values(c, m)).all() for c in spec.cells())]
+    if known:
+        figures["measures"] = (
+            f"Small dots: seeds; large ones: their mean, with its {100 * spec.confidence:g} % interval. Colour: the "
+            "last factor.",
+            measures_figure(sweep, known),
+        )
+    residuals = _residuals(sweep)
+    if residuals:
+        some = f" of the first {len(residuals)} cells" if len(residuals) < len(spec.cells()) else ""
+        tolerance = next(t.train.iterations["tolerance"] for t in sweep.trials if t.train.iterations)
+        figures["residuals"] = (
+            f"Relative residuals{some} over the iterations after training, validation problems, seed {spec.seeds[0]}: "
+            "the colour is the share of problems, the marker the mean number of iterations to the tolerance.",
+            plots.residual_heatmap(residuals, tolerance=tolerance),
+        )
+        figures["not_converged"] = (
+            f"Share of validation problems{some} that have not met the tolerance yet, seed {spec.seeds[0]}.",
+            plots.not_converged_figure(residuals, tolerance=tolerance),
+        )
+    return figures
+
+
+def measures_figure(sweep: Sweep, measures: Sequence[str]) -> Figure:
+    """One panel a measure, one line a cell."""
+    cells = sweep.spec.cells()
+    levels = list(dict.fromkeys(cell.levels[-1][1] for cell in cells)) if cells[0].levels else [""]
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(cells)), layout="constrained")
+        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for axes, measure in zip(panels, measures, strict=True):
+            for place, cell in enumerate(cells):
+                level = cell.levels[-1][1] if cell.levels else ""
+                colour = COLOURS[levels.index(level) % len(COLOURS)]
+                values = sweep.values(cell, measure)
+                values = values[~np.isnan(values)]
+                axes.plot(
+                    values, np.full(len(values), place + 0.22), "o", color=colour, alpha=0.5, ms=2.6, mew=0
+                )
+                found = sweep.interval(cell, measure)
+                if not math.isnan(found.low):
+                    axes.plot([found.low, found.high], [place] * 2, color=colour, lw=1.4)
+                axes.plot(found.mean, place, "o", color=colour, ms=4.5, mec="white", mew=0.6)
+            axes.set_xlabel(textwrap.fill(measure_name(measure), 13))  # panels are narrow
+            axes.margins(x=0.08)
+            axes.locator_params(axis="x", nbins=4)
+        panels[0].set_yticks(range(len(cells)), [cell.name for cell in cells])
+        panels[0].set_ylim(len(cells) - 0.5, -0.5)
+        for axes in panels:
+            axes.tick_params(axis="y", length=0)
+            axes.grid(visible=False, axis="y")
+        return figure
+
+
+def _residuals(sweep: Sweep) -> dict[str, NDArray[np.float64]]:
+    """Of the first cells, by name, as the trials of the first seed left them: (iterations, problems)."""
+    found: dict[str, NDArray[np.float64]] = {}
+    trials = {(trial.cell, trial.seed): trial for trial in sweep.trials}
+    for cell in sweep.spec.cells():
+        trial = trials[cell, sweep.spec.seeds[0]]
+        path = Path(sweep.spec.out) / FOLDERS / trial.folder / RESIDUALS
+        if len(found) < PANELS and sweep.numbers(trial) and path.exists():
+            with np.load(path) as layers:
+                # Of several layers the first; none has been swept with more than one.
+                found[_short(sweep, cell)] = layers[layers.files[0]]
+    return found
+
+
+def _short(sweep: Sweep, cell: Cell) -> str:
+    """The levels of the factors that have several."""
+    several = [factor for factor, levels in sweep.spec.factors().items() if len(levels) > 1]
+    return " ".join(cell.level(factor) for factor in several) or cell.name

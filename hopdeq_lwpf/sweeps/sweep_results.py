@@ -1,0 +1,199 @@
+"""What the trials of a sweep come to: means over seeds, comparisons in pairs, tables and findings in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hopdeq_lwpf.sweeps.statistics import Interval, t_interval
+from hopdeq_lwpf.sweeps.study_records import measures
+from hopdeq_lwpf.sweeps.study_results import limits
+from hopdeq_lwpf.sweeps.summary import Grid
+from hopdeq_lwpf.sweeps.sweep_spec import Cell, SweepSpec, SweepTrial
+
+Values = NDArray[np.float64]  # (seeds,), NaN for a trial that failed, was not run, or does not know
+PERCENT = ("accuracy", "auc", "converged", "not_converged", "adjoint_converged", "nonfinite", "forgotten")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trials of a spec and their records, in the same order; None for a trial that was not run yet."""
+
+    spec: SweepSpec
+    trials: tuple[SweepTrial, ...]
+    records: tuple[Mapping[str, Any] | None, ...]
+
+    def __post_init__(self) -> None:
+        numbers: dict[tuple[Cell, int], dict[str, float | None]] = {}
+        for trial, record in zip(self.trials, self.records, strict=True):
+            if record is not None and record["failure"] is None:
+                found = measures(record, self.spec.last, self.spec.measures[0])
+                numbers[trial.cell, trial.seed] = found
+        object.__setattr__(self, "_numbers", numbers)
+
+    def numbers(self, trial: SweepTrial) -> Mapping[str, float | None]:
+        """Everything that is known of one trial; empty where it failed or was not run."""
+        known: dict[Any, dict[str, float | None]] = self._numbers  # type: ignore[attr-defined]
+        return known.get((trial.cell, trial.seed), {})
+
+    def values(self, cell: Cell, measure: str) -> Values:
+        """A number of `study_records.measures` for every seed, in the order of the spec; shares in per cent."""
+        known: dict[Any, dict[str, float | None]] = self._numbers  # type: ignore[attr-defined]
+        found = [known.get((cell, seed), {}).get(measure) for seed in self.spec.seeds]
+        scale = 100.0 if is_share(measure) else 1.0
+        return scale * np.array([math.nan if value is None else value for value in found])
+
+    def interval(self, cell: Cell, measure: str) -> Interval:
+        """Mean over the seeds with its interval."""
+        return t_interval(self.values(cell, measure), self.spec.confidence)
+
+    def failures(self) -> list[tuple[SweepTrial, Mapping[str, Any]]]:
+        """The trials that failed, with their records."""
+        pairs = zip(self.trials, self.records, strict=True)
+        return [(trial, record) for trial, record in pairs if record and record["failure"] is not None]
+
+    def missing(self) -> int:
+        """How many trials were not run yet."""
+        return sum(record is None for record in self.records)
+
+
+def is_share(measure: str) -> bool:
+    """Whether a measure is written in per cent."""
+    return measure.rsplit("/", 1)[-1] in PERCENT
+
+
+def measure_name(measure: str) -> str:
+    """'val accuracy %': a measure as tables write it."""
+    return measure.replace("/", " ").replace("_", " ") + " %" * is_share(measure)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A cell beside the one that differs by having the first level of one factor that there is, by seed."""
+
+    factor: str
+    cell: Cell
+    first: Cell
+    difference: Interval  # of the score
+    ratios: tuple[float, ...]  # of the other measures: mean here / mean there, over the seeds that both have
+    seeds: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval of the difference lies above or below 0; 0 where it does not, or is not known."""
+        known = self.difference.high - self.difference.low > 1e-9
+        return (int(self.difference.low > 0) - int(self.difference.high < 0)) if known else 0
+
+
+def pairs(sweep: Sweep) -> list[Pair]:
+    """Every cell against the same with the first level of a factor, by factor."""
+    cells = sweep.spec.cells()
+    found = []
+    for factor, levels in sweep.spec.factors().items():
+        for cell in cells:
+            # Where cells are excluded, the first level there is.
+            others = (_with(cell, factor, level.name) for level in levels)
+            first = next(other for other in others if other in cells)
+            if first != cell:
+                found.append(_pair(sweep, factor, cell, first))
+    return found
+
+
+def _with(cell: Cell, factor: str, level: str) -> Cell:
+    return replace(cell, levels=tuple((f, level if f == factor else name) for f, name in cell.levels))
+
+
+def _pair(sweep: Sweep, factor: str, cell: Cell, first: Cell) -> Pair:
+    score, *others = sweep.spec.measures
+    gap = sweep.values(cell, score) - sweep.values(first, score)
+    ratios = []
+    for measure in others:
+        here, there = sweep.values(cell, measure), sweep.values(first, measure)
+        both = ~np.isnan(here + there)
+        known = both.any() and there[both].mean() != 0
+        ratios.append(float(here[both].mean() / there[both].mean()) if known else math.nan)
+    interval = t_interval(gap, sweep.spec.confidence)
+    return Pair(factor, cell, first, interval, tuple(ratios), int((~np.isnan(gap)).sum()))
+
+
+def summaries(sweep: Sweep) -> list[Grid]:
+    """What every cell came to, and the comparisons in pairs."""
+    grids = [_cells(sweep)]
+    return grids + [_pairs(sweep)] if pairs(sweep) else grids
+
+
+def _digits(measure: str) -> int:
+    return 2 if is_share(measure) or "iterations" in measure or measure == "steps" else 3
+
+
+def _cells(sweep: Sweep) -> Grid:
+    spec = sweep.spec
+    lines = []
+    for cell in spec.cells():
+        numbers = [
+            limits(sweep.interval(cell, measure), digits=_digits(measure)) for measure in spec.measures
+        ]
+        seeds = int((~np.isnan(sweep.values(cell, spec.measures[0]))).sum())
+        lines.append((*(name for _, name in cell.levels), str(seeds), *numbers))
+    header = (*spec.factors(), "seeds", *(measure_name(measure) for measure in spec.measures))
+    epochs = "the last epoch" if spec.last == 1 else f"the last {spec.last} epochs"
+    title = f"Mean over the seeds [{100 * spec.confidence:g} % interval], of {epochs}"
+    return Grid(title, header, tuple(lines))
+
+
+def _pairs(sweep: Sweep) -> Grid:
+    score, *others = sweep.spec.measures
+    lines = []
+    for pair in pairs(sweep):
+        said = {1: "higher", -1: "lower", 0: "no"}[pair.sign]
+        ratios = ["-" if math.isnan(ratio) else f"{ratio:.2f}x" for ratio in pair.ratios]
+        difference = limits(pair.difference, "+", _digits(score))
+        against = pair.first.level(pair.factor)
+        lines.append((pair.cell.name, against, str(pair.seeds), difference, said, *ratios))
+    names = [f"{measure_name(measure)}, ratio" for measure in others]
+    header = ("cell", "against", "seeds", f"{measure_name(score)}, difference", "interval without 0", *names)
+    return Grid("In pairs by seed: one level changed, all else equal", header, tuple(lines))
+
+
+def findings(sweep: Sweep) -> list[str]:
+    """What the numbers support, in sentences made from them."""
+    done = sum(record is not None and record["failure"] is None for record in sweep.records)
+    said = [
+        f"Trials: {done} of {len(sweep.trials)} finished, {len(sweep.failures())} failed, {sweep.missing()} not run; "
+        f"seeds {', '.join(map(str, sweep.spec.seeds))}."
+    ]
+    for measure in sweep.spec.measures:
+        scored = [(sweep.interval(cell, measure), cell) for cell in sweep.spec.cells()]
+        scored = [(interval, cell) for interval, cell in scored if not math.isnan(interval.mean)]
+        if len(scored) > 1:
+            low, high = min(scored, key=lambda s: s[0].mean), max(scored, key=lambda s: s[0].mean)
+            name, digits = measure_name(measure), _digits(measure)
+            said.append(
+                f"Mean {name} from {limits(low[0], digits=digits)} ({low[1].name}) to {limits(high[0], digits=digits)} "
+                f"({high[1].name})."
+            )
+    found = pairs(sweep)
+    for factor in sweep.spec.factors():
+        own = [pair for pair in found if pair.factor == factor]
+        if own:
+            said.append(_of_factor(sweep, factor, own))
+    return said
+
+
+def _of_factor(sweep: Sweep, factor: str, own: list[Pair]) -> str:
+    score, *others = sweep.spec.measures
+    up, down = sum(pair.sign > 0 for pair in own), sum(pair.sign < 0 for pair in own)
+    text = (
+        f"{factor}: against its first level the {measure_name(score)} is higher in {up} and lower in {down} of "
+        f"{len(own)} pairs with an interval without 0"
+    )
+    for number, measure in enumerate(others):
+        ratios = [pair.ratios[number] for pair in own if not math.isnan(pair.ratios[number])]
+        if ratios:
+            text += f"; {measure_name(measure)} {min(ratios):.2f}x to {max(ratios):.2f}x"
+    return text + "."

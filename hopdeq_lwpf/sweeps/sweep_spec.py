@@ -1,0 +1,271 @@
+"""What a sweep is asked to do: a grid of changes to named settings. Imports no torch, so that mistakes are quick."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hopdeq_lwpf import settings
+from hopdeq_lwpf._checks import SpecError, did_you_mean, option, whole
+from hopdeq_lwpf.sweeps.study_spec import numbers_of, settings_hash
+from hopdeq_lwpf.training.spec import TrainSpec
+
+MAPPINGS = ("model", "data", "iterations")  # settings that are mappings themselves: "model.layers"
+OWN = ("seed", "out", "resume", "threads")  # settings of a training that a sweep sees to
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor: its name in tables, and the settings that it changes, by dotted name."""
+
+    name: str
+    changes: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of levels: (factor, level name) pairs, in the order of the grid."""
+
+    levels: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """All level names, for progress and folders."""
+        return " ".join(level for _, level in self.levels) or "the base"
+
+    def level(self, factor: str) -> str:
+        """The name of the level of a factor."""
+        return dict(self.levels)[factor]
+
+    def matches(self, where: Mapping[str, Any]) -> bool:
+        """Whether every factor of `where` has the level there, or one of those listed."""
+        own = dict(self.levels)
+        return all(own[factor] in _names(wanted) for factor, wanted in where.items())
+
+
+@dataclass(frozen=True)
+class SweepTrial:
+    """One training of a sweep: a cell, a seed, and the settings that follow."""
+
+    cell: Cell
+    seed: int
+    train: TrainSpec
+
+    @property
+    def name(self) -> str:
+        """Of the cell."""
+        return self.cell.name
+
+    @property
+    def hash(self) -> str:
+        """Of all settings but out and resume: equal for trials that give the same numbers."""
+        return settings_hash(self.settings())
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its files."""
+        plain = "".join(c if c.isalnum() or c in "._" else "-" for c in self.cell.name)
+        return f"{plain[:80]}-seed{self.seed}-{self.hash[:8]}"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the training, without those that say nothing about its numbers."""
+        return numbers_of(self.train)
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """Settings of `hopdeq-lwpf sweep`; every field is an option and a key of the YAML file.
+
+    Settings of `hopdeq-lwpf train` have dotted names: learning_rate, model.layers, data.batch_size. What is said later
+    wins: base, set, the grid's factors in their order, rules in theirs. A mapping for model or data replaces what is
+    there if it names its model or data, and adds to it if it does not.
+    Raises SpecError for a value that makes no sense and for a name that is not known, with the nearest.
+    """
+
+    base: str = option("train_digits_ham", "settings in models/ that every trial starts from")
+    set: dict[str, Any] = option({}, "settings that replace those of the base in every trial")
+    grid: dict[str, Any] = option(
+        {},
+        "factors: the name of a setting and its values, or any name and {LEVEL: {SETTING: VALUE, ...}, ...}",
+    )
+    rules: list[dict[str, Any]] = option(
+        [], "[{where: {FACTOR: LEVEL or [LEVELS]}, set: {SETTING: VALUE}}, ...]: more settings for some cells"
+    )
+    exclude: list[dict[str, Any]] = option([], "[{FACTOR: LEVEL or [LEVELS]}, ...]: cells that are left out")
+    only: list[dict[str, Any]] = option([], "likewise: of the others only these; empty: all")
+    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "of weights, data order and dropout; one trial each")
+    measures: tuple[str, ...] = option(
+        ("val/accuracy", "epoch_cpu_seconds"), "numbers of a trial in the table; the first is its score"
+    )
+    last: int = option(1, "epochs at the end that scores and monitors are averaged over")
+    workers: int = option(2, "processes that train, each on one thread")
+    confidence: float = option(0.95, "coverage of the intervals over seeds")
+    title: str = option("", "of the report; empty: made from the base")
+    out: str = option("results/sweep", "folder of the trials and of the results")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "measures"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "set", _mapping("set", self.set))
+        object.__setattr__(self, "grid", _mapping("grid", self.grid))
+        if self.base not in settings.names("models"):
+            known = [name for name in settings.names("models") if name.startswith("train_")]
+            raise SpecError(f"base {self.base!r} is not one of {known}{did_you_mean(self.base, known)}")
+        for name in ("seeds", "measures"):
+            value = getattr(self, name)
+            if not value:
+                raise SpecError(f"{name} is empty: give at least one")
+            if len(frozenset(value)) != len(value):
+                raise SpecError(f"{name} names a value twice: {list(value)}")
+        for seed in self.seeds:
+            whole("seeds", seed, least=0)
+        for name in ("last", "workers"):
+            whole(name, getattr(self, name), least=1)
+        if not 0 < self.confidence < 1:
+            raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
+        if not self.out:
+            raise SpecError("out is empty: name a folder for the results")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name in self.set:
+            check_setting("set", name)
+        factors = self.factors()
+        for factor, levels in factors.items():
+            for level in levels:
+                for name, _ in level.changes:
+                    check_setting(f"grid.{factor}", name)
+        names = {factor: [level.name for level in levels] for factor, levels in factors.items()}
+        for number, rule in enumerate(self.rules):
+            found = _mapping(f"rules[{number}]", rule)
+            if sorted(found) != ["set", "where"]:
+                raise SpecError(f"rules[{number}] needs the keys 'where' and 'set', got {sorted(found)}")
+            _check_where(f"rules[{number}].where", found["where"], names)
+            for name in _mapping(f"rules[{number}].set", found["set"]):
+                check_setting(f"rules[{number}].set", name)
+        for key in ("exclude", "only"):
+            for number, where in enumerate(getattr(self, key)):
+                _check_where(f"{key}[{number}]", where, names)
+        if not self.cells():
+            raise SpecError("exclude and only leave no cell of the grid")
+
+    def factors(self) -> dict[str, tuple[Level, ...]]:
+        """The levels of each factor of the grid."""
+        return {factor: tuple(_levels(factor, value)) for factor, value in self.grid.items()}
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Every combination of levels that is asked for."""
+        named = [[(factor, level.name) for level in levels] for factor, levels in self.factors().items()]
+        cells = (Cell(combination) for combination in itertools.product(*named))
+        asked = [c for c in cells if not self.only or any(c.matches(where) for where in self.only)]
+        return tuple(cell for cell in asked if not any(cell.matches(where) for where in self.exclude))
+
+    def trials(self) -> tuple[SweepTrial, ...]:
+        """Every training, seeds outermost: a sweep that is stopped early has whole grids.
+
+        Raises SpecError for settings that make no sense together.
+        """
+        return tuple(self.trial(cell, seed) for seed in self.seeds for cell in self.cells())
+
+    def trial(self, cell: Cell, seed: int) -> SweepTrial:
+        """The training of one cell with one seed."""
+        base = settings.find("models", self.base)
+        for key in ("model", "data"):
+            base[key] = {key: base[key]} if isinstance(base.get(key), str) else dict(base.get(key) or {})
+        for name, value in self._changes(cell):
+            _enter(base, name, copy.deepcopy(value))
+        try:
+            return SweepTrial(cell, seed, TrainSpec(**{**base, "seed": seed, "out": TrainSpec().out}))
+        except SpecError as error:
+            raise SpecError(f"cell {cell.name!r}: {error}") from error
+
+    def _changes(self, cell: Cell) -> Iterator[tuple[str, Any]]:
+        yield from self.set.items()
+        for factor, levels in self.factors().items():
+            for level in levels:
+                if level.name == cell.level(factor):
+                    yield from level.changes
+        for rule in self.rules:
+            if cell.matches(rule["where"]):
+                yield from rule["set"].items()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every setting by name, lists instead of tuples: what YAML and JSON write."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+def level_name(value: object) -> str:
+    """What a plain value is called in tables."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _levels(factor: str, value: object) -> Iterator[Level]:
+    if isinstance(value, Mapping):
+        for name, changes in value.items():
+            found = _mapping(f"grid.{factor}.{name}", changes)
+            yield Level(str(name), tuple(found.items()))
+    elif isinstance(value, (list, tuple)):
+        names = [level_name(entry) for entry in value]
+        if len(set(names)) != len(names):
+            raise SpecError(f"grid.{factor} names a value twice: {list(value)}")
+        for name, entry in zip(names, value, strict=True):
+            yield Level(name, ((factor, entry),))
+    else:
+        raise SpecError(
+            f"grid.{factor} must be a list of values or a mapping of level names to settings, got {value!r}"
+        )
+    if not value:
+        raise SpecError(f"grid.{factor} is empty: give at least one value")
+
+
+def check_setting(place: str, name: str) -> None:
+    """SpecError unless a training has a setting of this dotted name that a sweep may change."""
+    first, _, rest = name.partition(".")
+    known = [entry.name for entry in fields(TrainSpec) if entry.name not in OWN]
+    if first in OWN:
+        instead = {"seed": "seeds", "out": "out"}.get(first)
+        raise SpecError(
+            f"{place}: {first!r} is seen to by the sweep" + (f"; use {instead}" if instead else "")
+        )
+    if first not in known:
+        raise SpecError(f"{place}: {name!r} is no setting of a training{did_you_mean(first, known)}")
+    if rest and first not in MAPPINGS:
+        raise SpecError(f"{place}: {first!r} is one value and has no {rest!r}")
+
+
+def _enter(base: dict[str, Any], name: str, value: Any) -> None:
+    first, _, rest = name.partition(".")
+    if first in MAPPINGS and not (isinstance(value, Mapping) and first in value):
+        # A mapping that says its name stands for itself; one that does not adds to what is there.
+        value = {**(base.get(first) or {}), **({rest: value} if rest else _mapping(name, value))}
+    base[first] = value
+
+
+def _check_where(place: str, where: object, names: Mapping[str, Sequence[str]]) -> None:
+    for factor, wanted in _mapping(place, where).items():
+        if factor not in names:
+            raise SpecError(f"{place}: {factor!r} is no factor of the grid{did_you_mean(factor, names)}")
+        for level in _names(wanted):
+            if level not in names[factor]:
+                raise SpecError(
+                    f"{place}: {factor!r} has no level {level!r}, but {list(names[factor])}"
+                    f"{did_you_mean(level, names[factor])}"
+                )
+
+
+def _names(wanted: object) -> list[str]:
+    return [level_name(entry) for entry in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+
+
+def _mapping(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{name} must be a mapping of names to values, got {value!r}")
+    return {str(key): entry for key, entry in value.items()}
