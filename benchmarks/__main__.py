@@ -22,6 +22,7 @@ from benchmarks import (
     layers,
     published,
     repertoires,
+    sdm,
     separations,
     theory,
     warm,
@@ -44,6 +45,7 @@ STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "latch": latch.run,
     "layers": layers.run,
     "repertoires": repertoires.run,
+    "sdm": sdm.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from hopdeq_lwpf.sweeps.summary import Grid
 
 PROGRAM = "hopdeq-lwpf"
-MARK = "base"  # the key that settings of a sweep have and those of a comparison have not
+MARK = "grid"  # the key that settings of a sweep have and those of a comparison have not
 USAGE_ERROR, INTERRUPTED = 2, 130  # what shells and other tools use for these
+LINES = 48  # of a table of a sweep that are shown
 LOG_WIDTH = 200  # columns where there is no terminal that would say
 
 
@@ -82,7 +83,7 @@ def _sweep(spec: SweepSpec) -> None:
     from hopdeq_lwpf.sweeps.sweep_results import findings, summaries
 
     sweep, paths = run(spec, _console(stderr=True))
-    _show_all(summaries(sweep), findings(sweep), paths)
+    _show_all(summaries(sweep, LINES), findings(sweep), paths)
 
 
 def _retrieve(spec: RetrieveSpec) -> None:

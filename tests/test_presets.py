@@ -70,7 +70,7 @@ def test_model_settings(name):
     assert type(f.forgetting).__name__.lower() == kind
 
 
-COMPARISONS = [name for name in names("sweeps") if "base" not in find("sweeps", name)]  # others: test_sweep
+COMPARISONS = [name for name in names("sweeps") if "grid" not in find("sweeps", name)]  # others: test_sweep
 STUDIES = [name for name in COMPARISONS if find("sweeps", name).get("task", RETRIEVAL) != RETRIEVAL]
 
 

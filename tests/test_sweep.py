@@ -61,7 +61,7 @@ def test_settings_are_changed_in_the_order_base_set_grid_rules():
         rules=[{"where": {"speed": "slow", "model.damping": [0.2]}, "set": {"learning_rate": 0.05}}],
         seeds=[4],
     )
-    found = {trial.cell.levels: trial.train for trial in spec.trials()}
+    found = {trial.cell.levels: trial.given for trial in spec.trials()}
     rates = {tuple(level for _, level in levels): train.learning_rate for levels, train in found.items()}
     assert rates == {("slow", "0.0"): 0.1, ("slow", "0.2"): 0.05, ("fast", "0.0"): 0.5, ("fast", "0.2"): 0.5}
     base = find("models", "train_ham_mnist")
@@ -74,14 +74,16 @@ def test_settings_are_changed_in_the_order_base_set_grid_rules():
 def test_a_mapping_with_its_name_replaces_and_one_without_adds():
     base = {"base": "train_ham_mnist", "seeds": [0]}
     (trial,) = SweepSpec(**base, set={"data": {"data": "digits", "batch_size": 8}}).trials()
-    assert trial.train.data == {"data": "digits", "batch_size": 8}
+    assert trial.given.data == {"data": "digits", "batch_size": 8}
     (trial,) = SweepSpec(**base, set={"data": {"batch_size": 8}}).trials()
-    assert trial.train.data == {**find("models", "train_ham_mnist")["data"], "batch_size": 8}
+    assert trial.given.data == {**find("models", "train_ham_mnist")["data"], "batch_size": 8}
 
 
 def test_exclude_and_only_choose_cells():
     grid = {"model.damping": [0.0, 0.1, 0.2], "learning_rate": [0.1, 0.2]}
-    spec = SweepSpec(grid=grid, exclude=[{"model.damping": 0.1, "learning_rate": 0.2}])
+    spec = SweepSpec(
+        base="train_digits_ham", grid=grid, exclude=[{"model.damping": 0.1, "learning_rate": 0.2}]
+    )
     assert [cell.name for cell in spec.cells()] == ["0.0 0.1", "0.0 0.2", "0.1 0.1", "0.2 0.1", "0.2 0.2"]
     some = replace(spec, only=[{"learning_rate": 0.2}, {"model.damping": [0.1]}])
     assert [cell.name for cell in some.cells()] == ["0.0 0.2", "0.1 0.1", "0.2 0.2"]
@@ -107,7 +109,12 @@ def test_trials_are_known_by_their_settings_and_seeds_are_outermost():
             {"base": "train_ham_mnits"},
             "base 'train_ham_mnits' is not one of .*Did you mean 'train_ham_mnist'",
         ),
-        ({"grid": {"learning_rat": [1]}}, "'learning_rat' is no setting of a training. Did you mean"),
+        ({"base": None}, "base is missing: .*'train_ham_mnist'"),
+        ({"task": "trian"}, "task 'trian' is not one of .*Did you mean 'train'"),
+        ({"task": "sdm"}, "base is for task 'train'"),
+        ({"x": "forms"}, "'forms' is no factor of the grid. Did you mean 'form'"),
+        ({"x": "form"}, "level 'one matrix' of 'form' is no number"),
+        ({"grid": {"learning_rat": [1]}}, "'learning_rat' is no setting of task .train.. Did you mean"),
         ({"grid": {"a": {"b": {"model.x": 1, "epoch": 2}}}}, "grid.a: 'epoch' is no setting"),
         ({"grid": {"epochs": []}}, "grid.epochs is empty"),
         ({"grid": {"epochs": 3}}, "must be a list of values or a mapping"),
@@ -264,7 +271,7 @@ def test_latex_escapes_what_it_must(finished):
 # --- the named sweeps
 
 
-SWEEPS = [name for name in names("sweeps") if "base" in find("sweeps", name)]
+SWEEPS = [name for name in names("sweeps") if find("sweeps", name).get("base")]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -272,20 +279,21 @@ def test_every_cell_of_a_named_sweep_builds_and_has_its_own_settings(name):
     from hopdeq_lwpf.training import build_data, build_network
 
     spec = SweepSpec(**find("sweeps", name))
-    assert spec.as_dict() == {**SweepSpec().as_dict(), **find("sweeps", name)}
+    defaults = SweepSpec(base="train_digits_ham").as_dict()
+    assert spec.as_dict() == {**defaults, **find("sweeps", name)}
     trials = replace(spec, seeds=(0,)).trials()
     assert len({trial.hash for trial in trials}) == len(trials)
     for trial in trials:
-        network = build_network(trial.train.model)
-        assert network.f.graph.widths == tuple(trial.train.model["layers"])
+        network = build_network(trial.given.model)
+        assert network.f.graph.widths == tuple(trial.given.model["layers"])
         assert network.even_odd == ("even-odd" in trial.name)
         assert network.on_failure == "ignore"
-        build_data(trial.train.data)
+        build_data(trial.given.data)
 
 
 def test_the_table_has_the_rows_and_budgets_of_the_paper():
     spec = SweepSpec(**find("sweeps", "goemaere_table2"))
-    found = {trial.cell.name: trial.train for trial in replace(spec, seeds=(0,)).trials()}
+    found = {trial.cell.name: trial.given for trial in replace(spec, seeds=(0,)).trials()}
     assert len(found) == 4 * 6
     for layers, forward, backward in (("3", 40, 8), ("5", 80, 16), ("7", 120, 24)):
         for form in ("one matrix", "even-odd"):

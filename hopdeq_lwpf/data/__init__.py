@@ -23,6 +23,7 @@ from hopdeq_lwpf.data.files import read_indices as read_indices
 from hopdeq_lwpf.data.files import replacing as replacing
 from hopdeq_lwpf.data.files import staged_folder as staged_folder
 from hopdeq_lwpf.data.files import write_arrays as write_arrays
+from hopdeq_lwpf.data.framing import frame_pictures as frame_pictures
 from hopdeq_lwpf.data.idx import read_idx as read_idx
 from hopdeq_lwpf.data.images import read_images as read_images
 from hopdeq_lwpf.data.latch import LatchOptions as LatchOptions

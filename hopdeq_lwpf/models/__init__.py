@@ -14,6 +14,7 @@ from hopdeq_lwpf.models.ham import CHN, HAM
 from hopdeq_lwpf.models.hopfield import Hopfield
 from hopdeq_lwpf.models.learned_patterns import HopfieldLayer, HopfieldPooling
 from hopdeq_lwpf.models.repertoire import RepertoireClassifier, SequenceAttention
+from hopdeq_lwpf.models.sdm import SDM
 from hopdeq_lwpf.models.sequences import SequenceEmbedding
 from hopdeq_lwpf.models.transformer import HopfieldDecoderLayer, HopfieldEncoderLayer
 from hopdeq_lwpf.models.vision import VisionTransformer
@@ -24,6 +25,7 @@ from hopdeq_lwpf.settings import find
 __all__ = [
     "CHN",
     "HAM",
+    "SDM",
     "Hopfield",
     "HopfieldDecoderLayer",
     "HopfieldEncoderLayer",

@@ -52,6 +52,7 @@ def run_trials(
     out: str,
     *,
     workers: int,
+    runner: str,
     note: Callable[[Any], Mapping[str, Any]],
     found: Callable[[Any, Record], Mapping[str, Any]],
     told: Callable[[Any, Record], str],
@@ -59,6 +60,7 @@ def run_trials(
 ) -> list[Record | None]:
     """Run the trials that the folder `out` does not hold yet; the records of all, None where there is none.
 
+    runner: "module:function" that a worker calls with settings and folder; see `study_trial.run_trial`.
     note: what a record says of its trial beside seed and settings. found: what it says of a trial that succeeded.
     told: the end of the progress line of such a trial.
     A trial that was interrupted goes on from its last checkpoint, one that failed begins again. Every finished trial is
@@ -78,7 +80,7 @@ def run_trials(
         # Two names of one cell have one hash, and are one trial.
         different = {trial.hash: trial for trial in reversed(todo)}
         jobs = [
-            Job(key, different[key].settings(), str(folder / FOLDERS / different[key].folder))
+            Job(key, different[key].settings(), str(folder / FOLDERS / different[key].folder), runner)
             for key in dict.fromkeys(trial.hash for trial in todo)
         ]
         with (

@@ -18,6 +18,8 @@ from hopdeq_lwpf.training.datasets import build_data
 from hopdeq_lwpf.training.networks import build_network
 from hopdeq_lwpf.training.spec import TrainSpec
 
+RUNNER = "hopdeq_lwpf.sweeps.study_trial:run_trial"
+
 
 def run_trials(spec: StudySpec, console: Console | None = None) -> Study:
     """Train what the spec asks for and `spec.out` does not hold yet; progress goes to `console`.
@@ -34,7 +36,14 @@ def run_trials(spec: StudySpec, console: Console | None = None) -> Study:
         return {"last": last, "measures": measures(record, last, TASKS[trial.condition.task].score)}
 
     engine.run_trials(
-        trials, spec.out, workers=spec.workers, note=_note, found=found, told=_score, console=console
+        trials,
+        spec.out,
+        workers=spec.workers,
+        runner=RUNNER,
+        note=_note,
+        found=found,
+        told=_score,
+        console=console,
     )
     return load(spec)
 

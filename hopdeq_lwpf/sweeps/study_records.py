@@ -119,6 +119,9 @@ def measures(record: Record, last: int, metric: str) -> dict[str, float | None]:
             numbers[f"{stage}/{name}"] = _over(course.get(f"{stage}/{name}", [])[-last:], name)
     for name in MONITORS:
         numbers[name] = _over(course.get(name, [])[-last:], name)
+    for name, values in course.items():
+        if name not in numbers:
+            numbers[name] = _over(values[-last:], name)
     costs = record["costs"]
     return {**numbers, **{name: _finite(costs.get(name)) for name in COSTS}}
 

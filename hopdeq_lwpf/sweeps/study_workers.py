@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -16,11 +17,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is asked to train, and where."""
+    """What a worker is asked to do, and where."""
 
     key: str
     settings: Mapping[str, Any]
     folder: str
+    runner: str = "hopdeq_lwpf.sweeps.study_trial:run_trial"  # (settings, folder) -> the answer
 
 
 class _Worker:
@@ -95,15 +97,15 @@ def _work(pipe: Connection) -> None:
 
     import torch
 
-    from hopdeq_lwpf.sweeps.study_trial import run_trial
-
     torch.set_num_threads(1)
     while True:
         try:
             job: Job = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send(run_trial(job.settings, Path(job.folder)))
+        module, _, function = job.runner.partition(":")
+        run = getattr(importlib.import_module(module), function)
+        pipe.send(run(job.settings, Path(job.folder)))
 
 
 def _leave_with_parent() -> None:

@@ -8,29 +8,30 @@ from typing import Any
 from rich.console import Console
 
 from hopdeq_lwpf._checks import SpecError, did_you_mean
-from hopdeq_lwpf.sweeps import engine
+from hopdeq_lwpf.sweeps import engine, sdm_spec
 from hopdeq_lwpf.sweeps.study import check_settings
 from hopdeq_lwpf.sweeps.study_records import COSTS, MONITORS, SCORES, measures
 from hopdeq_lwpf.sweeps.sweep_report import write_results
 from hopdeq_lwpf.sweeps.sweep_results import Sweep
-from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec, SweepTrial
+from hopdeq_lwpf.sweeps.sweep_spec import TASKS, SweepSpec, SweepTrial
 
-MEASURES = (*(f"{stage}/{name}" for stage in ("val", "train") for name in SCORES), *MONITORS, *COSTS)
+TRAINED = tuple(f"{stage}/{name}" for stage in ("val", "train") for name in SCORES)
+MEASURES = {"train": (*TRAINED, *MONITORS, *COSTS), "sdm": sdm_spec.MEASURES}
 
 
 def run_trials(spec: SweepSpec, console: Console | None = None) -> Sweep:
-    """Train what the sweep asks for and `spec.out` does not hold yet; progress goes to `console`.
+    """Run what the sweep asks for and `spec.out` does not hold yet; progress goes to `console`.
 
     Trials are known by their settings; may be killed at any time and started again: see `engine.run_trials`, also for
     what is raised beside SpecError for settings that make no sense.
     """
     trials = spec.trials()
+    known = MEASURES[spec.task]
     for name in spec.measures:
-        if name not in MEASURES:
-            raise SpecError(
-                f"measures: {name!r} is not one of {list(MEASURES)}{did_you_mean(name, MEASURES)}"
-            )
-    check_settings([trial.train for trial in trials])
+        if name not in known:
+            raise SpecError(f"measures: {name!r} is not one of {list(known)}{did_you_mean(name, known)}")
+    if spec.task == "train":
+        check_settings([trial.given for trial in trials])
     score = spec.measures[0]
 
     def found(trial: SweepTrial, record: engine.Record) -> dict[str, Any]:
@@ -41,7 +42,14 @@ def run_trials(spec: SweepSpec, console: Console | None = None) -> Sweep:
         return f"{score} " + ("unknown" if value is None else f"{value:.4f}")
 
     engine.run_trials(
-        trials, spec.out, workers=spec.workers, note=_note, found=found, told=told, console=console
+        trials,
+        spec.out,
+        workers=spec.workers,
+        runner=TASKS[spec.task].runner,
+        note=_note,
+        found=found,
+        told=told,
+        console=console,
     )
     return load(spec)
 

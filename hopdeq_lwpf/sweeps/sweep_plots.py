@@ -20,23 +20,32 @@ from hopdeq_lwpf.training.run import RESIDUALS
 
 # Okabe and Ito's palette, by the last factor that has several levels.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")
+MARKERS = ("o", "s", "^", "D", "v")
+LINES = 60  # cells below each other that are still readable
 PANELS = 8  # heat maps in one picture that are still readable
 
 
 def draw(sweep: Sweep) -> dict[str, tuple[str, Figure]]:
     """Every picture that there are numbers for: (caption, figure) by name."""
     spec, figures = sweep.spec, {}
+    small = len(spec.cells()) <= LINES
     known = [m for m in spec.measures if any(not np.isnan(sweep.values(c, m)).all() for c in spec.cells())]
-    if known:
+    if known and small:
         figures["measures"] = (
             f"Small dots: seeds; large ones: their mean, with its {100 * spec.confidence:g} % interval. Colour: the "
             "last factor.",
             measures_figure(sweep, known),
         )
+    if spec.x is not None and known:
+        figures["course"] = (
+            f"Mean {measure_name(known[0])} against {spec.x}, with its {100 * spec.confidence:g} % interval.",
+            course_figure(sweep, known[0], spec.x),
+        )
     residuals = _residuals(sweep)
     if residuals:
         some = f" of the first {len(residuals)} cells" if len(residuals) < len(spec.cells()) else ""
-        tolerance = next(t.train.iterations["tolerance"] for t in sweep.trials if t.train.iterations)
+        tolerance = next(t.given.iterations["tolerance"] for t in sweep.trials if t.given.iterations)
         figures["residuals"] = (
             f"Relative residuals{some} over the iterations after training, validation problems, seed {spec.seeds[0]}: "
             "the colour is the share of problems, the marker the mean number of iterations to the tolerance.",
@@ -77,6 +86,47 @@ def measures_figure(sweep: Sweep, measures: Sequence[str]) -> Figure:
         for axes in panels:
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
+        return figure
+
+
+def course_figure(sweep: Sweep, measure: str, x: str) -> Figure:
+    """A measure against a factor of numbers: a line a level of the last other factor, a panel for all else."""
+    others = [factor for factor in sweep.spec.factors() if factor != x]
+    lines: dict[str, dict[str, list[Cell]]] = {}  # by panel and line
+    for cell in sweep.spec.cells():
+        panel = ", ".join(f"{factor} {cell.level(factor)}" for factor in others[:-1])
+        line = cell.level(others[-1]) if others else ""
+        lines.setdefault(panel, {}).setdefault(line, []).append(cell)
+    names = list(dict.fromkeys(name for panel in lines.values() for name in panel))
+    columns = min(len(lines), 3)
+    rows = -(-len(lines) // columns)
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * rows + 0.1 * len(names)), layout="constrained")
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, (title, own) in zip(panels.flat, lines.items(), strict=False):
+            axes.set_title(title)
+            for name, cells in own.items():
+                which = names.index(name)
+                cells = sorted(cells, key=lambda cell: float(cell.level(x)))
+                found = [sweep.interval(cell, measure) for cell in cells]
+                places = [float(cell.level(x)) for cell in cells]
+                mean = np.array([interval.mean for interval in found])
+                spread = [mean - [i.low for i in found], [i.high for i in found] - mean]
+                axes.errorbar(
+                    places, mean, np.nan_to_num(spread), color=COLOURS[which % len(COLOURS)],
+                    linestyle=DASHES[which // len(COLOURS) % len(DASHES)], marker=MARKERS[which % len(MARKERS)],
+                    label=name,
+                )  # fmt: skip
+        numbers = [float(level.name) for level in sweep.spec.factors()[x]]
+        if min(numbers) > 0 and max(numbers) > 100 * min(numbers):
+            panels[0, 0].set_xscale("log")
+        for axes in panels.flat[len(lines) :]:
+            axes.set_visible(False)
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel(measure_name(measure), fontsize=9)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        if len(names) > 1:
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(names)))
         return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -26,11 +27,11 @@ from hopdeq_lwpf.sweeps.sweep_plots import draw
 from hopdeq_lwpf.sweeps.sweep_results import Sweep, findings, summaries
 from hopdeq_lwpf.sweeps.sweep_spec import SweepTrial
 
-METHOD = """Every trial is one run of <code>hopdeq-lwpf train</code> with the settings of the base and of its cell. The
-seed sets initial weights, order of the data and dropout, so that trials of one seed differ in the cell alone, and cells
-are compared in pairs by seed. Intervals are Student's over seeds; that of a paired difference is without 0 where the
-paired t test rejects equality. They say how another seed would change the result, not how other data would, and are
-not corrected for their number. A ratio is that of the means over the seeds that both cells have."""
+METHOD = """Every trial has the settings of the base and of its cell. The seed sets all that is drawn (initial weights,
+order of the data, dropout; patterns and noise), so that trials of one seed differ in the cell alone, and cells are
+compared in pairs by seed. Intervals are Student's over seeds; that of a paired difference is without 0 where the paired
+t test rejects equality. They say how another seed would change the result, not how other data would, and are not
+corrected for their number. A ratio is that of the means over the seeds that both cells have."""
 
 
 def write_results(sweep: Sweep) -> list[Path]:
@@ -53,7 +54,7 @@ def write_results(sweep: Sweep) -> list[Path]:
 
 def title(sweep: Sweep) -> str:
     """Of the report."""
-    return sweep.spec.title or f"A sweep of {sweep.spec.base}"
+    return sweep.spec.title or f"A sweep of {sweep.spec.base or sweep.spec.task}"
 
 
 def _write_csv(sweep: Sweep, path: Path) -> None:
@@ -96,13 +97,18 @@ def latex(grid: Grid) -> str:
 def command(sweep: Sweep, trial: SweepTrial) -> str:
     """The line that runs a trial alone, into a folder of its own."""
     base = sweep.spec.base
+    if base is None:
+        only = yaml.safe_dump([dict(trial.cell.levels)], default_flow_style=True, width=1e9).strip()
+        words = ["hopdeq-lwpf", "sweep", "settings.yaml", "--seeds", str(trial.seed), "--only", only]
+        return shlex.join([*words, "--out", f"results/{trial.folder}"])
     return train_command(base, settings.find("models", base), trial.settings(), f"results/{trial.folder}")
 
 
 def _write_page(sweep: Sweep, captions: Mapping[str, str], folder: Path) -> Path:
     """Write report.html into `folder`, with NAME.svg from there for each NAME of `captions` drawn in."""
     spec = sweep.spec
-    asked = f"{len(spec.cells())} cells, {len(spec.seeds)} seeds, {len(sweep.trials)} trials of {spec.base}."
+    what = spec.base or spec.task
+    asked = f"{len(spec.cells())} cells, {len(spec.seeds)} seeds, {len(sweep.trials)} trials of {what}."
     failed: list[tuple[str, Mapping[str, Any], str]] = [
         (f"{trial.name}, seed {trial.seed}", record, command(sweep, trial))
         for trial, record in sweep.failures()
@@ -131,8 +137,7 @@ def _settings(sweep: Sweep) -> list[str]:
         "<p>Save these lines as <code>settings.yaml</code>, then <code>hopdeq-lwpf sweep settings.yaml</code>. Trials "
         "that the folder holds are not run again.</p>",
         f"<pre>{escape(text)}</pre>",
-        "<p>One trial alone, here the first; the settings of each stand in <code>config.yaml</code> of its folder, "
-        "for <code>hopdeq-lwpf train --config</code>:</p>",
+        "<p>One trial alone, here the first:</p>",
         f"<pre>{escape(command(sweep, sweep.trials[0]))}</pre>",
         settings_element(sweep.spec.as_dict()),
     ]

@@ -17,7 +17,10 @@ from hopdeq_lwpf.sweeps.summary import Grid
 from hopdeq_lwpf.sweeps.sweep_spec import Cell, SweepSpec, SweepTrial
 
 Values = NDArray[np.float64]  # (seeds,), NaN for a trial that failed, was not run, or does not know
-PERCENT = ("accuracy", "auc", "converged", "not_converged", "adjoint_converged", "nonfinite", "forgotten")
+PERCENT = (
+    "accuracy", "auc", "converged", "not_converged", "adjoint_converged", "nonfinite", "forgotten",
+    "recalled", "cycling", "empty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,15 @@ def _pair(sweep: Sweep, factor: str, cell: Cell, first: Cell) -> Pair:
     return Pair(factor, cell, first, interval, tuple(ratios), int((~np.isnan(gap)).sum()))
 
 
-def summaries(sweep: Sweep) -> list[Grid]:
-    """What every cell came to, and the comparisons in pairs."""
-    grids = [_cells(sweep)]
-    return grids + [_pairs(sweep)] if pairs(sweep) else grids
+def summaries(sweep: Sweep, most: int | None = None) -> list[Grid]:
+    """What every cell came to, and the comparisons in pairs; at most so many lines of each."""
+    grids = [_cells(sweep), *([_pairs(sweep)] if pairs(sweep) else [])]
+    return [grid if most is None or len(grid.lines) <= most else _cut(grid, most) for grid in grids]
+
+
+def _cut(grid: Grid, most: int) -> Grid:
+    title = f"{grid.title} (the first {most} of {len(grid.lines)} lines; report.html has all)"
+    return replace(grid, title=title, lines=grid.lines[:most])
 
 
 def _digits(measure: str) -> int:

@@ -11,12 +11,31 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf._checks import SpecError, did_you_mean, option, whole
+from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, option, whole
+from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec
 from hopdeq_lwpf.sweeps.study_spec import numbers_of, settings_hash
 from hopdeq_lwpf.training.spec import TrainSpec
 
-MAPPINGS = ("model", "data", "iterations")  # settings that are mappings themselves: "model.layers"
-OWN = ("seed", "out", "resume", "threads")  # settings of a training that a sweep sees to
+
+@dataclass(frozen=True)
+class Task:
+    """What the trials of a sweep are: the class of their settings, and the function that runs one in a worker."""
+
+    settings: type
+    runner: str  # "module:function", (settings, folder) -> what a record says
+    own: tuple[str, ...] = ("seed",)  # settings that the sweep sees to
+    mappings: tuple[str, ...] = ()  # settings that are mappings themselves: "model.layers"
+
+
+TASKS = {
+    "train": Task(
+        TrainSpec,
+        "hopdeq_lwpf.sweeps.study_trial:run_trial",
+        ("seed", "out", "resume", "threads"),
+        ("model", "data", "iterations"),
+    ),
+    "sdm": Task(SdmSpec, "hopdeq_lwpf.sweeps.sdm_trial:run_trial"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +69,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepTrial:
-    """One training of a sweep: a cell, a seed, and the settings that follow."""
+    """One trial of a sweep: a cell, a seed, and the settings that follow (`TrainSpec`, `SdmSpec`)."""
 
     cell: Cell
     seed: int
-    train: TrainSpec
+    given: Any
 
     @property
     def name(self) -> str:
@@ -73,21 +92,23 @@ class SweepTrial:
         return f"{plain[:80]}-seed{self.seed}-{self.hash[:8]}"
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the training, without those that say nothing about its numbers."""
-        return numbers_of(self.train)
+        """The settings of the trial, without those that say nothing about its numbers."""
+        return numbers_of(self.given)
 
 
 @dataclass(frozen=True)
 class SweepSpec:
     """Settings of `hopdeq-lwpf sweep`; every field is an option and a key of the YAML file.
 
-    Settings of `hopdeq-lwpf train` have dotted names: learning_rate, model.layers, data.batch_size. What is said later
-    wins: base, set, the grid's factors in their order, rules in theirs. A mapping for model or data replaces what is
-    there if it names its model or data, and adds to it if it does not.
+    Task "train": settings of `hopdeq-lwpf train`, with dotted names (learning_rate, model.layers, data.batch_size).
+    What is said later wins: base, set, the grid's factors in their order, rules in theirs. A mapping for model or data
+    replaces what is there if it names its model or data, and adds to it if it does not. Task "sdm": settings of
+    `SdmSpec`.
     Raises SpecError for a value that makes no sense and for a name that is not known, with the nearest.
     """
 
-    base: str = option("train_digits_ham", "settings in models/ that every trial starts from")
+    task: str = option("train", "what a trial is: train, or sdm (Sparse Distributed Memory)")
+    base: str | None = option(None, "settings in models/ that every trial of task train starts from")
     set: dict[str, Any] = option({}, "settings that replace those of the base in every trial")
     grid: dict[str, Any] = option(
         {},
@@ -105,6 +126,7 @@ class SweepSpec:
     last: int = option(1, "epochs at the end that scores and monitors are averaged over")
     workers: int = option(2, "processes that train, each on one thread")
     confidence: float = option(0.95, "coverage of the intervals over seeds")
+    x: str | None = option(None, "factor whose levels are numbers: the score is drawn against it, too")
     title: str = option("", "of the report; empty: made from the base")
     out: str = option("results/sweep", "folder of the trials and of the results")
 
@@ -113,9 +135,14 @@ class SweepSpec:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "set", _mapping("set", self.set))
         object.__setattr__(self, "grid", _mapping("grid", self.grid))
-        if self.base not in settings.names("models"):
-            known = [name for name in settings.names("models") if name.startswith("train_")]
+        choice("task", self.task, tuple(TASKS))
+        known = [name for name in settings.names("models") if name.startswith("train_")]
+        if self.task == "train" and self.base is None:
+            raise SpecError(f"base is missing: the settings that trials start from, one of {known}")
+        if self.task == "train" and self.base not in settings.names("models"):
             raise SpecError(f"base {self.base!r} is not one of {known}{did_you_mean(self.base, known)}")
+        if self.task != "train" and self.base is not None:
+            raise SpecError(f"base is for task 'train'; with task {self.task!r} put the settings under set")
         for name in ("seeds", "measures"):
             value = getattr(self, name)
             if not value:
@@ -134,12 +161,12 @@ class SweepSpec:
 
     def _check_names(self) -> None:
         for name in self.set:
-            check_setting("set", name)
+            check_setting(self.task, "set", name)
         factors = self.factors()
         for factor, levels in factors.items():
             for level in levels:
                 for name, _ in level.changes:
-                    check_setting(f"grid.{factor}", name)
+                    check_setting(self.task, f"grid.{factor}", name)
         names = {factor: [level.name for level in levels] for factor, levels in factors.items()}
         for number, rule in enumerate(self.rules):
             found = _mapping(f"rules[{number}]", rule)
@@ -147,12 +174,15 @@ class SweepSpec:
                 raise SpecError(f"rules[{number}] needs the keys 'where' and 'set', got {sorted(found)}")
             _check_where(f"rules[{number}].where", found["where"], names)
             for name in _mapping(f"rules[{number}].set", found["set"]):
-                check_setting(f"rules[{number}].set", name)
+                check_setting(self.task, f"rules[{number}].set", name)
         for key in ("exclude", "only"):
             for number, where in enumerate(getattr(self, key)):
                 _check_where(f"{key}[{number}]", where, names)
         if not self.cells():
             raise SpecError("exclude and only leave no cell of the grid")
+        if self.x is not None:
+            for name in _levels_of(self.x, names):
+                _check_number(self.x, name)
 
     def factors(self) -> dict[str, tuple[Level, ...]]:
         """The levels of each factor of the grid."""
@@ -166,23 +196,29 @@ class SweepSpec:
         return tuple(cell for cell in asked if not any(cell.matches(where) for where in self.exclude))
 
     def trials(self) -> tuple[SweepTrial, ...]:
-        """Every training, seeds outermost: a sweep that is stopped early has whole grids.
+        """Every trial, seeds outermost: a sweep that is stopped early has whole grids.
 
         Raises SpecError for settings that make no sense together.
         """
         return tuple(self.trial(cell, seed) for seed in self.seeds for cell in self.cells())
 
     def trial(self, cell: Cell, seed: int) -> SweepTrial:
-        """The training of one cell with one seed."""
+        """The trial of one cell with one seed."""
+        task, found = TASKS[self.task], self._base()
+        for name, value in self._changes(cell):
+            _enter(found, name, copy.deepcopy(value), task.mappings)
+        try:
+            return SweepTrial(cell, seed, task.settings(**{**found, "seed": seed}))
+        except SpecError as error:
+            raise SpecError(f"cell {cell.name!r}: {error}") from error
+
+    def _base(self) -> dict[str, Any]:
+        if self.base is None:
+            return {}
         base = settings.find("models", self.base)
         for key in ("model", "data"):
             base[key] = {key: base[key]} if isinstance(base.get(key), str) else dict(base.get(key) or {})
-        for name, value in self._changes(cell):
-            _enter(base, name, copy.deepcopy(value))
-        try:
-            return SweepTrial(cell, seed, TrainSpec(**{**base, "seed": seed, "out": TrainSpec().out}))
-        except SpecError as error:
-            raise SpecError(f"cell {cell.name!r}: {error}") from error
+        return {key: value for key, value in base.items() if key not in TASKS[self.task].own}
 
     def _changes(self, cell: Cell) -> Iterator[tuple[str, Any]]:
         yield from self.set.items()
@@ -226,27 +262,41 @@ def _levels(factor: str, value: object) -> Iterator[Level]:
         raise SpecError(f"grid.{factor} is empty: give at least one value")
 
 
-def check_setting(place: str, name: str) -> None:
-    """SpecError unless a training has a setting of this dotted name that a sweep may change."""
+def check_setting(task: str, place: str, name: str) -> None:
+    """SpecError unless a trial has a setting of this dotted name that a sweep may change."""
+    kind = TASKS[task]
     first, _, rest = name.partition(".")
-    known = [entry.name for entry in fields(TrainSpec) if entry.name not in OWN]
-    if first in OWN:
+    known = [entry.name for entry in fields(kind.settings) if entry.name not in kind.own]
+    if first in kind.own:
         instead = {"seed": "seeds", "out": "out"}.get(first)
         raise SpecError(
             f"{place}: {first!r} is seen to by the sweep" + (f"; use {instead}" if instead else "")
         )
     if first not in known:
-        raise SpecError(f"{place}: {name!r} is no setting of a training{did_you_mean(first, known)}")
-    if rest and first not in MAPPINGS:
+        raise SpecError(f"{place}: {name!r} is no setting of task {task!r}{did_you_mean(first, known)}")
+    if rest and first not in kind.mappings:
         raise SpecError(f"{place}: {first!r} is one value and has no {rest!r}")
 
 
-def _enter(base: dict[str, Any], name: str, value: Any) -> None:
+def _enter(base: dict[str, Any], name: str, value: Any, mappings: Sequence[str]) -> None:
     first, _, rest = name.partition(".")
-    if first in MAPPINGS and not (isinstance(value, Mapping) and first in value):
+    if first in mappings and not (isinstance(value, Mapping) and first in value):
         # A mapping that says its name stands for itself; one that does not adds to what is there.
         value = {**(base.get(first) or {}), **({rest: value} if rest else _mapping(name, value))}
     base[first] = value
+
+
+def _levels_of(factor: str, names: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    if factor not in names:
+        raise SpecError(f"x: {factor!r} is no factor of the grid{did_you_mean(factor, names)}")
+    return names[factor]
+
+
+def _check_number(factor: str, level: str) -> None:
+    try:
+        float(level)
+    except ValueError as error:
+        raise SpecError(f"x: level {level!r} of {factor!r} is no number") from error
 
 
 def _check_where(place: str, where: object, names: Mapping[str, Sequence[str]]) -> None:

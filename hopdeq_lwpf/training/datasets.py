@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from hopdeq_lwpf._types import unknown
 from hopdeq_lwpf.data import modules
 from hopdeq_lwpf.data.bags import PICTURES, ImageBagOptions, load_pictures
 from hopdeq_lwpf.data.bit_pattern import BitPatternOptions
+from hopdeq_lwpf.data.framing import frame_pictures
 from hopdeq_lwpf.data.latch import LatchOptions
 from hopdeq_lwpf.data.repertoires import RepertoireOptions
 
@@ -26,7 +28,8 @@ class Pictures(LightningDataModule):
 
     pictures: "digits", the 1,797 that ship with the package; "mnist" or "fashion", from the IDX files of `folder` (see
     `load_pictures`). batch_size: samples a batch. validation: "test", the test images of the files, or the share of the
-    training images that is held out, drawn with `seed`, the same for every run.
+    training images that is held out, drawn with `seed`, the same for every run. frame: pixels that what is drawn is
+    scaled to (`frame_pictures`); 24 makes MNIST what EMNIST has under that name. None: as they are.
     """
 
     def __init__(  # noqa: PLR0913 (settings of one data set)
@@ -37,6 +40,7 @@ class Pictures(LightningDataModule):
         batch_size: int = 32,
         validation: float | str = 0.2,
         seed: int = 0,
+        frame: int | None = None,
     ) -> None:
         super().__init__()
         if pictures not in PICTURES:
@@ -53,18 +57,23 @@ class Pictures(LightningDataModule):
         self.batch_size = batch_size
         self.validation = validation
         self.seed = seed
+        self.frame = frame
         self.parts: dict[str, TensorDataset] = {}
 
     def setup(self, stage: str) -> None:
-        images, classes = load_pictures(self.pictures, self.folder)
+        images, classes = self._load("train")
         if isinstance(self.validation, str):
-            held_out = load_pictures(self.pictures, self.folder, TEST)
+            held_out = self._load(TEST)
             self.parts = {"train": TensorDataset(images, classes), "val": TensorDataset(*held_out)}
             return
         order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(self.seed))
         held = round(self.validation * len(classes))
         for name, rows in (("val", order[:held]), ("train", order[held:])):
             self.parts[name] = TensorDataset(images[rows], classes[rows])
+
+    def _load(self, split: str) -> tuple[Tensor, Tensor]:
+        images, classes = load_pictures(self.pictures, self.folder, split)
+        return images if self.frame is None else frame_pictures(images, self.frame), classes
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.parts["train"], self.batch_size, shuffle=True)
@@ -76,8 +85,8 @@ class Pictures(LightningDataModule):
 Options = dict[str, type]
 # What a data module is made of: its options classes by argument, and the arguments of its own.
 DATASETS: dict[str, tuple[Callable[..., LightningDataModule], Options, tuple[str, ...]]] = {
-    "digits": (partial(Pictures, "digits"), {}, ("batch_size", "validation", "seed")),
-    "pictures": (Pictures, {}, ("pictures", "folder", "batch_size", "validation", "seed")),
+    "digits": (partial(Pictures, "digits"), {}, ("batch_size", "validation", "seed", "frame")),
+    "pictures": (Pictures, {}, ("pictures", "folder", "batch_size", "validation", "seed", "frame")),
     "bit_pattern": (modules.BitPatternDataModule, {"task": BitPatternOptions}, ()),
     "latch": (modules.LatchDataModule, {"task": LatchOptions}, ()),
     "image_bags": (

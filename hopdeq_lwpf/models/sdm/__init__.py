@@ -1,0 +1,108 @@
+"""Sparse Distributed Memory (Kanerva 1988), and attention as its approximation (Bricken and Pehlevan 2021)."""
+
+from hopdeq_lwpf.models.sdm.addresses import (
+    log_space_fraction,
+    nearest_neuron_radius,
+    neuron_within,
+    radius_for_fraction,
+    space_fraction,
+)
+from hopdeq_lwpf.models.sdm.betas import BetaFit, fit_beta
+from hopdeq_lwpf.models.sdm.bounds import ExponentialBounds, analytic_beta, exponential_bounds
+from hopdeq_lwpf.models.sdm.caps import log_cap_fraction, log_cap_intersection
+from hopdeq_lwpf.models.sdm.effective_beta import (
+    HeadBeta,
+    QueriesKeys,
+    effective_betas,
+    head_betas,
+    radius_for_beta,
+    watch_attention,
+)
+from hopdeq_lwpf.models.sdm.experiments import (
+    ALGORITHMS,
+    GridSettings,
+    RecallRow,
+    make_memory,
+    perturb,
+    random_patterns,
+    recall,
+    recall_curve,
+    run_grid,
+)
+from hopdeq_lwpf.models.sdm.function import EmptyReadError, SDMFunction
+from hopdeq_lwpf.models.sdm.hopfield import ClassicalHopfield
+from hopdeq_lwpf.models.sdm.intersections import (
+    expected_shared_neurons,
+    log_circle_intersection,
+    log_selected_intersection,
+)
+from hopdeq_lwpf.models.sdm.memory import SDM
+from hopdeq_lwpf.models.sdm.neuron_memory import NeuronMemory
+from hopdeq_lwpf.models.sdm.neurons import Neurons
+from hopdeq_lwpf.models.sdm.query_key_norm import (
+    QUERY_KEY_NORM,
+    BetaStatistics,
+    OptimalBetas,
+    beta_statistics,
+    optimal_betas,
+)
+from hopdeq_lwpf.models.sdm.radii import OptimalRadius, critical_distance, optimal_radius
+from hopdeq_lwpf.models.sdm.recalls import SDMRecall, cycle_lengths
+from hopdeq_lwpf.models.sdm.signals import ReadStatistics, read_statistics
+from hopdeq_lwpf.models.sdm.weights import Attention, Cap, Circle, ReadWeights, TransformerAttention
+
+__all__ = [
+    "ALGORITHMS",
+    "GridSettings",
+    "RecallRow",
+    "make_memory",
+    "perturb",
+    "random_patterns",
+    "recall",
+    "recall_curve",
+    "run_grid",
+    "EmptyReadError",
+    "SDMFunction",
+    "ClassicalHopfield",
+    "SDM",
+    "NeuronMemory",
+    "Neurons",
+    "SDMRecall",
+    "cycle_lengths",
+    "Attention",
+    "Cap",
+    "Circle",
+    "ReadWeights",
+    "TransformerAttention",
+    "QUERY_KEY_NORM",
+    "BetaFit",
+    "BetaStatistics",
+    "ExponentialBounds",
+    "HeadBeta",
+    "OptimalBetas",
+    "OptimalRadius",
+    "QueriesKeys",
+    "ReadStatistics",
+    "analytic_beta",
+    "beta_statistics",
+    "critical_distance",
+    "effective_betas",
+    "expected_shared_neurons",
+    "exponential_bounds",
+    "fit_beta",
+    "head_betas",
+    "log_cap_fraction",
+    "log_cap_intersection",
+    "log_circle_intersection",
+    "log_selected_intersection",
+    "log_space_fraction",
+    "nearest_neuron_radius",
+    "neuron_within",
+    "optimal_betas",
+    "optimal_radius",
+    "radius_for_beta",
+    "radius_for_fraction",
+    "read_statistics",
+    "space_fraction",
+    "watch_attention",
+]

@@ -1,0 +1,79 @@
+"""One trial of Sparse Distributed Memory, and everything it found in one record. Runs in a worker process."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hopdeq_lwpf.models import sdm
+from hopdeq_lwpf.models.sdm.experiments import GridSettings, recall_curve
+from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec
+from hopdeq_lwpf.sweeps.study_trial import versions
+
+
+def run_trial(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Run the settings (`SdmSpec.as_dict()`); returns the part of the record that is found out.
+
+    Leaves no files. What goes wrong is returned under "failure".
+    """
+    started = time.perf_counter()
+    found: dict[str, Any] = {"curves": {}, "costs": {}, "warnings": [], "failure": None}
+    try:
+        spec = SdmSpec(**settings)
+        numbers = {"recall": _recall, "fit": _fit, "critical_distance": _distance}[spec.experiment](spec)
+        found["curves"] = {name: [value if math.isfinite(value) else None] for name, value in numbers.items()}
+    except Exception as error:  # one trial must not end the study
+        found["failure"] = {
+            "error": type(error).__name__,
+            "message": " ".join(str(error).split()),
+            "traceback": traceback.format_exc(),
+        }
+    seconds = time.perf_counter() - started
+    found["run_seconds"], found["costs"] = round(seconds, 3), {"seconds": round(seconds, 4)}
+    found["versions"] = versions()
+    return found
+
+
+def _recall(spec: SdmSpec) -> dict[str, float]:
+    """Means over the queries, of which there are patterns times repeats."""
+    options = {
+        name: getattr(spec, name) for name in ("n", "patterns", "repeats", "neurons", "explicit_neurons")
+    }
+    settings = GridSettings(
+        **options, flips=(spec.flips,), estimator=spec.estimator, max_steps=spec.max_steps, seed=spec.seed
+    )
+    (row,) = recall_curve(spec.algorithm, spec.radius, settings)
+    return {
+        "cosine": row.mean_cosine,
+        "recalled": row.recalled,
+        "steps": float(row.steps.double().mean()),
+        "converged": float(row.converged.double().mean()),
+        "cycling": float((row.cycle > 1).double().mean()),
+        "empty": float(row.empty.double().mean()),
+    }
+
+
+def _fit(spec: SdmSpec) -> dict[str, float]:
+    """The fitted beta; weight_error is the largest difference of normalised weights over all distances."""
+    fit = sdm.fit_beta(spec.n, spec.radius, space=spec.space, estimator=spec.estimator, fit=spec.fit)
+    distance = torch.arange(spec.n + 1, dtype=torch.float64)
+    cosine = 1 - 2 * distance / spec.n
+    exact = (
+        sdm.log_circle_intersection(spec.n, spec.radius)
+        if spec.space == "binary"
+        else sdm.log_cap_intersection(spec.n, spec.radius, cosine)
+    )
+    error = (torch.softmax(exact, 0) - torch.softmax(fit.beta * cosine, 0)).abs().max()
+    return {"beta": fit.beta, "bias": fit.bias, "r2": fit.r2, "weight_error": float(error)}
+
+
+def _distance(spec: SdmSpec) -> dict[str, float]:
+    found = sdm.critical_distance(spec.n, spec.radius, neurons=spec.neurons, patterns=spec.patterns)
+    fraction = sdm.log_space_fraction(spec.n, spec.radius) / math.log(10)
+    return {"critical_distance": float(found), "log10_fraction": float(fraction)}
