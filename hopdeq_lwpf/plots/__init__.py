@@ -2,7 +2,7 @@
 
 Every function returns a `matplotlib.figure.Figure` that is bound to no window and no global state;
 `save_figure` writes it as PNG and SVG. Of recall and energy colour tells the forgetting unit, line and marker the
-steps; convergence has one panel or line a name.
+steps; convergence has one panel or line a name; of Sparse Distributed Memory colour tells the radius or the algorithm.
 """
 
 from hopdeq_lwpf.plots.common import (
@@ -23,6 +23,13 @@ from hopdeq_lwpf.plots.recall import (
     steps_figure,
     steps_name,
 )
+from hopdeq_lwpf.plots.sdm import (
+    beta_radius_figure,
+    critical_distance_figure,
+    intersection_figure,
+    weights_figure,
+)
+from hopdeq_lwpf.plots.sdm_recall import effective_beta_figure, recall_noise_figure
 
 __all__ = [
     "KIND_NAMES",
@@ -30,14 +37,20 @@ __all__ = [
     "UNIT_NAMES",
     "WIDTH",
     "beta_figure",
+    "beta_radius_figure",
+    "critical_distance_figure",
+    "effective_beta_figure",
     "energy_figure",
+    "intersection_figure",
     "not_converged_figure",
     "picture_grid",
     "recall_figure",
+    "recall_noise_figure",
     "residual_heatmap",
     "save_figure",
     "steps_figure",
     "steps_name",
     "style",
     "unit_colour",
+    "weights_figure",
 ]
