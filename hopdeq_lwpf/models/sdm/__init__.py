@@ -39,6 +39,14 @@ from hopdeq_lwpf.models.sdm.intersections import (
 from hopdeq_lwpf.models.sdm.memory import SDM
 from hopdeq_lwpf.models.sdm.neuron_memory import NeuronMemory
 from hopdeq_lwpf.models.sdm.neurons import Neurons
+from hopdeq_lwpf.models.sdm.projection_training import (
+    ProjectedRecall,
+    ProjectionCourse,
+    ProjectionSettings,
+    recall_projected,
+    train_projection,
+)
+from hopdeq_lwpf.models.sdm.projections import ProjectedFunction, ProjectedMemory
 from hopdeq_lwpf.models.sdm.query_key_norm import (
     QUERY_KEY_NORM,
     BetaStatistics,
@@ -69,6 +77,11 @@ __all__ = [
     "Neurons",
     "OptimalBetas",
     "OptimalRadius",
+    "ProjectedFunction",
+    "ProjectedMemory",
+    "ProjectedRecall",
+    "ProjectionCourse",
+    "ProjectionSettings",
     "QueriesKeys",
     "ReadStatistics",
     "ReadWeights",
@@ -102,7 +115,9 @@ __all__ = [
     "read_statistics",
     "recall",
     "recall_curve",
+    "recall_projected",
     "run_grid",
     "space_fraction",
+    "train_projection",
     "watch_attention",
 ]
