@@ -169,7 +169,7 @@ def read(n: int, d: int, neurons: int, patterns: int, variance: str) -> list[flo
 
 def critical(n: int, ratios: list[float], first: int = 5) -> int:
     last = 0
-    for dv in range(first, n + 1):
+    for dv in range(first, n // 2 + 1):
         if not n * normal_tail(ratios[dv]) < dv:
             break
         last = dv

@@ -137,6 +137,8 @@ def test_the_distance_from_which_reads_must_end_closer_can_be_set():
     assert critical_distance(1000, 451, **options, first=1).item() == 0
     assert critical_distance(1000, 451, **options).item() == 24
     assert critical_distance(3, 1, neurons=10, patterns=2).item() == 0
+    # Of few patterns every query ends closer; a random one is n / 2 away.
+    assert critical_distance(64, [15, 16], neurons=2.0**64, patterns=100).tolist() == [30, 32]
     assert critical_distance(64, torch.tensor([[9], [15]]), **LARGE).tolist() == [[18], [30]]
 
 

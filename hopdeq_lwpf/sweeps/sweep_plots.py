@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from hopdeq_lwpf import plots
@@ -120,9 +121,12 @@ def course_figure(sweep: Sweep, measure: str, x: str) -> Figure:
         numbers = [float(level.name) for level in sweep.spec.factors()[x]]
         if min(numbers) > 0 and max(numbers) > 100 * min(numbers):
             panels[0, 0].set_xscale("log")
+        elif all(number == int(number) for number in numbers):
+            panels[0, 0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for axes in panels.flat[len(lines) :]:
             axes.set_visible(False)
-        figure.supxlabel(x, fontsize=9)
+        for axes in panels.flat[max(0, len(lines) - columns) : len(lines)]:
+            axes.set_xlabel(x)
         figure.supylabel(measure_name(measure), fontsize=9)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         if len(names) > 1:

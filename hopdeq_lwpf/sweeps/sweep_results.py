@@ -87,10 +87,14 @@ class Pair:
     seeds: int
 
     @property
+    def known(self) -> bool:
+        """Whether the difference has an interval: several seeds, whose differences are not all the same."""
+        return self.difference.high - self.difference.low > 1e-9
+
+    @property
     def sign(self) -> int:
         """1 or -1 where the interval of the difference lies above or below 0; 0 where it does not, or is not known."""
-        known = self.difference.high - self.difference.low > 1e-9
-        return (int(self.difference.low > 0) - int(self.difference.high < 0)) if known else 0
+        return (int(self.difference.low > 0) - int(self.difference.high < 0)) if self.known else 0
 
 
 def pairs(sweep: Sweep) -> list[Pair]:
@@ -158,7 +162,7 @@ def _pairs(sweep: Sweep) -> Grid:
     score, *others = sweep.spec.measures
     lines = []
     for pair in pairs(sweep):
-        said = {1: "higher", -1: "lower", 0: "no"}[pair.sign]
+        said = {1: "higher", -1: "lower", 0: "no"}[pair.sign] if pair.known else "-"
         ratios = ["-" if math.isnan(ratio) else f"{ratio:.2f}x" for ratio in pair.ratios]
         difference = limits(pair.difference, "+", _digits(score))
         against = pair.first.level(pair.factor)
@@ -196,10 +200,15 @@ def findings(sweep: Sweep) -> list[str]:
 def _of_factor(sweep: Sweep, factor: str, own: list[Pair]) -> str:
     score, *others = sweep.spec.measures
     up, down = sum(pair.sign > 0 for pair in own), sum(pair.sign < 0 for pair in own)
+    known = sum(pair.known for pair in own)
     text = (
-        f"{factor}: against its first level the {measure_name(score)} is higher in {up} and lower in {down} of "
-        f"{len(own)} pairs with an interval without 0"
+        f"{factor}: against its first level the {measure_name(score)} is shown to be higher in {up} and lower in "
+        f"{down} of {known} pairs that have an interval"
     )
+    if not known:
+        gaps = [pair.difference.mean for pair in own if not math.isnan(pair.difference.mean)]
+        span = f"differs by {min(gaps):+.3g} to {max(gaps):+.3g}" if gaps else "is not known"
+        text = f"{factor}: against its first level the {measure_name(score)} {span} (one seed: no intervals)"
     for number, measure in enumerate(others):
         ratios = [pair.ratios[number] for pair in own if not math.isnan(pair.ratios[number])]
         if ratios:

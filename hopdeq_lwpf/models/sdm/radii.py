@@ -32,18 +32,19 @@ def critical_distance(
 ) -> Tensor:
     """The largest dv such that reads from `first`, ..., dv bits away all end closer: int64, shape of d.
 
-    How far a query may be from its pattern and still be drawn to it (Kanerva 1988, ch. 7); 0 where a read from
-    `first` bits away already ends no closer, or first > n. first: at least 1; the default 5 is the authors',
+    How far a query may be from its pattern and still be drawn to it (Kanerva 1988, ch. 7): at most n // 2, where a
+    random query is; beyond that even a read that ends anywhere ends closer. 0 where a read from `first` bits away
+    already ends no closer, or first > n // 2. first: at least 1; the default 5 is the authors',
     since nearer queries may lose to the few bits that any read gets wrong. Other arguments and errors: as in
     `read_statistics`.
     """
     n = check_whole("n", n)
     radii, first = check_radii(n, d), check_whole("first", first)
-    before = torch.arange(first, max(first, n + 1))
+    before = torch.arange(first, max(first, n // 2 + 1))
     parts = [torch.zeros(0, dtype=torch.int64)]
     for some in _blocks(n, radii):
         read = read_statistics(n, some, neurons=neurons, patterns=patterns, variance=variance, design=design)
-        closer = (read.distance[:, first:] < before).long().cumprod(1).sum(1)
+        closer = (read.distance[:, first : n // 2 + 1] < before).long().cumprod(1).sum(1)
         parts.append(torch.where(closer > 0, first - 1 + closer, 0))
     return torch.cat(parts).reshape(radii.shape)
 
