@@ -18,6 +18,7 @@ from benchmarks import (
     bit_patterns,
     forward,
     gradients,
+    ham,
     latch,
     layers,
     published,
@@ -47,6 +48,11 @@ STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "repertoires": repertoires.run,
     "sdm": sdm.run,
 }
+# Likewise; the first needs MNIST, the second takes the digits without it.
+ON_MNIST: dict[str, Callable[[Path | None], list[dict[str, object]]]] = {
+    "published": published.run,
+    "ham": ham.run,
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -64,9 +70,9 @@ def _show(console: Console, title: str, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Run the parts that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, *STUDIES, "published", []], default=[])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, *STUDIES, *ON_MNIST, []], default=[])
     parser.add_argument(
-        "--mnist", type=Path, help="folder with the IDX files of MNIST, for the part published"
+        "--mnist", type=Path, help=f"folder with the IDX files of MNIST, for {' and '.join(ON_MNIST)}"
     )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -74,7 +80,7 @@ def main() -> None:
     console = Console(width=150)
     RESULTS.mkdir(exist_ok=True)
     for part in arguments.parts or PARTS:
-        rows = published.run(arguments.mnist) if part == "published" else (PARTS | STUDIES)[part]()
+        rows = ON_MNIST[part](arguments.mnist) if part in ON_MNIST else (PARTS | STUDIES)[part]()
         _show(console, part, rows)
         record = {
             "date": date.today().isoformat(),

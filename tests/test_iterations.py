@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hopdeq_lwpf import Termination, fixed_point
 from hopdeq_lwpf.diagnostics import iterations_to
-from hopdeq_lwpf.models import HAM
+from hopdeq_lwpf.models import HAM, sdm
 from hopdeq_lwpf.training import ConvergenceMonitor, Learner, Learning, TrainSpec, train
 
 LAYERS = [64, 12, 10]
@@ -173,6 +173,50 @@ def test_a_budget_that_is_too_small_is_reported_and_a_test_counts_too():
     assert found["test/model/iterations_published"] == 2
     assert monitor.residuals["model"].shape == (3, 20)
     assert not any(module._forward_pre_hooks for module in learner.modules()), "a hook was left"
+
+
+class Twice(torch.nn.Module):
+    """Calls its layer twice in a batch, by keyword and from a start of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = HAM(LAYERS, even_odd=True, solver="picard")
+
+    def forward(self, x):
+        return self.layer(x=x) + self.layer(x.flip(0), z0=torch.ones(len(x), 10), return_solution=True).value
+
+
+def test_every_call_of_a_layer_counts_from_its_own_start_and_the_last_epoch_always(tmp_path):
+    torch.manual_seed(0)
+    spec = TrainSpec(
+        loss="squared_error", epochs=2, iterations={"budget": 30, "every": 5}, out=str(tmp_path), model="ham"
+    )
+    model, data = Twice(), Digits()
+    trained = train(spec, model=model, data=data)
+    first, last = (record["metrics"] for record in trained.metrics.records)
+    assert "val/layer/iterations" not in first
+    with np.load(trained.files["residuals"]) as saved:
+        found = saved["layer"]
+    assert found.shape == (30, 40), "two calls of twenty pictures"
+    f, stop = model.layer.f, Termination(rtol=0.0, atol=0.0, max_steps=29)
+    x = f.prepare(data.x[40:48].flip(0))
+    with torch.no_grad():
+        trace = fixed_point(f, x, torch.ones(8, 10), solver="picard", stop=stop, trace=True).trace.residual
+    np.testing.assert_allclose(found[:, 8:16], trace.numpy(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_with_a_memory_of_two_arguments_is_counted(tmp_path):
+    class Recalls(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.memory = sdm.SDM(sdm.Attention(2.0), space="continuous")
+            self.head = torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.head(self.memory(x, x[:4]))
+
+    trained = train(TrainSpec(epochs=1, iterations={}, out=str(tmp_path)), model=Recalls(), data=Digits())
+    assert trained.metrics.records[-1]["metrics"]["val/memory/not_converged"] >= 0
 
 
 @pytest.mark.parametrize("options", [{"budget": 1}, {"every": 0}, {"tolerance": 0.0}])

@@ -1,6 +1,7 @@
 """Sweeps of Sparse Distributed Memory: what a trial measures, and the named ones."""
 
 import json
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -15,6 +16,7 @@ from hopdeq_lwpf.sweeps import sdm_spec
 from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec, SpecError
 from hopdeq_lwpf.sweeps.sdm_trial import run_trial
 from hopdeq_lwpf.sweeps.study_records import TRIALS
+from hopdeq_lwpf.sweeps.sweep import run_trials
 from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
 
 SDM = [name for name in names("sweeps") if find("sweeps", name).get("task") == "sdm"]
@@ -115,6 +117,20 @@ def test_the_figures_of_the_paper_have_their_sweeps():
     recall = SweepSpec(**find("sweeps", "sdm_recall"))
     assert recall.set["estimator"] == "published"
     assert len(recall.cells()) == 6 * 9 * 7
+
+
+def test_measures_that_no_trial_makes_are_refused_and_those_that_some_make_are_not(tmp_path):
+    base = {"task": "sdm", "seeds": (0,), "workers": 1, "out": str(tmp_path / "out")}
+    with pytest.raises(SpecError, match="'beta' is not made by experiment recall"):
+        run_trials(SweepSpec(**base, set={"patterns": 4}, grid={"flips": [0]}, measures=("beta",)))
+    assert not (tmp_path / "out").exists()
+    grid = {"experiment": ["recall", "fit"]}
+    sweep = run_trials(
+        SweepSpec(**base, set={"patterns": 4, "n": 16, "radius": 4}, grid=grid, measures=("cosine", "beta"))
+    )
+    assert not sweep.failures()
+    both = [[sweep.values(cell, measure)[0] for measure in ("cosine", "beta")] for cell in sweep.spec.cells()]
+    assert [[math.isnan(value) for value in row] for row in both] == [[False, True], [True, False]]
 
 
 def test_one_command_from_settings_to_report(tmp_path, capsys):

@@ -94,10 +94,16 @@ class Sigmoid(Lagrangian):
         attach(self, "center", center)
 
     def value(self, s: Tensor) -> Tensor:
-        return (functional.softplus(self.gain * (wide(s) - self.center), threshold=EXACT) / self.gain).sum(-1)
+        if isinstance(self.gain, Tensor):
+            return (
+                functional.softplus(self.gain * (wide(s) - self.center), threshold=EXACT) / self.gain
+            ).sum(-1)
+        return functional.softplus(wide(s) - self.center, self.gain, EXACT).sum(-1)
 
     def activate(self, s: Tensor) -> Tensor:
-        return torch.sigmoid(self.gain * (s - self.center))
+        if isinstance(self.gain, Tensor) or isinstance(self.center, Tensor):
+            return torch.sigmoid(self.gain * (s - self.center))
+        return torch.sigmoid(torch.rsub(s, -self.gain * self.center, alpha=-self.gain))  # in one pass
 
     def slope(self, s: Tensor) -> Matvec:
         rho = self.activate(s)

@@ -129,7 +129,7 @@ class HierarchicalFunction(nn.Module):
     def states(self, z: Tensor, x: HierarchicalContext) -> tuple[Tensor, ...]:
         """The states of the layers 1, 2, ..., (*batch, n_i) each; odd ones that z does not hold are computed."""
         found = self._every(self._split(z), x)
-        return tuple(found[i].reshape(*z.shape[:-1], -1) for i in self.graph.free)
+        return tuple(found[i].reshape(*z.shape[:-1], self.graph.widths[i]) for i in self.graph.free)
 
     def evaluate(
         self, z: Tensor, x: HierarchicalContext

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hopdeq_lwpf.models import sdm
-from hopdeq_lwpf.models.sdm.experiments import GridSettings, recall_curve
+from hopdeq_lwpf.models.sdm.experiments import GridSettings, run_grid
 from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec
 from hopdeq_lwpf.sweeps.study_trial import versions
 
@@ -46,9 +46,15 @@ def _recall(spec: SdmSpec) -> dict[str, float]:
         name: getattr(spec, name) for name in ("n", "patterns", "repeats", "neurons", "explicit_neurons")
     }
     settings = GridSettings(
-        **options, flips=(spec.flips,), estimator=spec.estimator, max_steps=spec.max_steps, seed=spec.seed
+        **options,
+        radii=(spec.radius,),
+        flips=(spec.flips,),
+        algorithms=(spec.algorithm,),
+        estimator=spec.estimator,
+        max_steps=spec.max_steps,
+        seed=spec.seed,
     )
-    (row,) = recall_curve(spec.algorithm, spec.radius, settings)
+    (row,) = run_grid(settings)
     return {
         "cosine": row.mean_cosine,
         "recalled": row.recalled,

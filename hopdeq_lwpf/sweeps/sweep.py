@@ -32,13 +32,15 @@ def run_trials(spec: SweepSpec, console: Console | None = None) -> Sweep:
             raise SpecError(f"measures: {name!r} is not one of {list(known)}{did_you_mean(name, known)}")
     if spec.task == "train":
         check_settings([trial.given for trial in trials])
+    else:
+        _check_measured(spec)
     score = spec.measures[0]
 
     def found(trial: SweepTrial, record: engine.Record) -> dict[str, Any]:
         return {"last": spec.last, "measures": measures(record, spec.last, score)}
 
     def told(trial: SweepTrial, record: engine.Record) -> str:
-        value = record["measures"][score]
+        value = record["measures"].get(score)
         return f"{score} " + ("unknown" if value is None else f"{value:.4f}")
 
     engine.run_trials(
@@ -68,3 +70,12 @@ def load(spec: SweepSpec) -> Sweep:
 
 def _note(trial: SweepTrial) -> dict[str, Any]:
     return {"cell": dict(trial.cell.levels)}
+
+
+def _check_measured(spec: SweepSpec) -> None:
+    """SpecError for a measure that no trial makes."""
+    experiments = {trial.given.experiment for trial in spec.trials()}
+    made = {"seconds", *(name for each in experiments for name in sdm_spec.EXPERIMENTS[each])}
+    for name in spec.measures:
+        if name not in made:
+            raise SpecError(f"measures: {name!r} is not made by experiment {', '.join(sorted(experiments))}")

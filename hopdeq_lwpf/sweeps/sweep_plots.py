@@ -82,7 +82,7 @@ def measures_figure(sweep: Sweep, measures: Sequence[str]) -> Figure:
             axes.set_xlabel(textwrap.fill(measure_name(measure), 13))  # panels are narrow
             axes.margins(x=0.08)
             axes.locator_params(axis="x", nbins=4)
-        panels[0].set_yticks(range(len(cells)), [cell.name for cell in cells])
+        panels[0].set_yticks(range(len(cells)), [plain(cell.name) for cell in cells])
         panels[0].set_ylim(len(cells) - 0.5, -0.5)
         for axes in panels:
             axes.tick_params(axis="y", length=0)
@@ -105,7 +105,7 @@ def course_figure(sweep: Sweep, measure: str, x: str) -> Figure:
         figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * rows + 0.1 * len(names)), layout="constrained")
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, own) in zip(panels.flat, lines.items(), strict=False):
-            axes.set_title(title)
+            axes.set_title(plain(title))
             for name, cells in own.items():
                 which = names.index(name)
                 cells = sorted(cells, key=lambda cell: float(cell.level(x)))
@@ -116,7 +116,7 @@ def course_figure(sweep: Sweep, measure: str, x: str) -> Figure:
                 axes.errorbar(
                     places, mean, np.nan_to_num(spread), color=COLOURS[which % len(COLOURS)],
                     linestyle=DASHES[which // len(COLOURS) % len(DASHES)], marker=MARKERS[which % len(MARKERS)],
-                    label=name,
+                    label=plain(name),
                 )  # fmt: skip
         numbers = [float(level.name) for level in sweep.spec.factors()[x]]
         if min(numbers) > 0 and max(numbers) > 100 * min(numbers):
@@ -126,7 +126,7 @@ def course_figure(sweep: Sweep, measure: str, x: str) -> Figure:
         for axes in panels.flat[len(lines) :]:
             axes.set_visible(False)
         for axes in panels.flat[max(0, len(lines) - columns) : len(lines)]:
-            axes.set_xlabel(x)
+            axes.set_xlabel(plain(x))
         figure.supylabel(measure_name(measure), fontsize=9)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         if len(names) > 1:
@@ -151,4 +151,9 @@ def _residuals(sweep: Sweep) -> dict[str, NDArray[np.float64]]:
 def _short(sweep: Sweep, cell: Cell) -> str:
     """The levels of the factors that have several."""
     several = [factor for factor, levels in sweep.spec.factors().items() if len(levels) > 1]
-    return " ".join(cell.level(factor) for factor in several) or cell.name
+    return plain(" ".join(cell.level(factor) for factor in several) or cell.name)
+
+
+def plain(name: str) -> str:
+    """A name as it stands: between dollars a picture would set formulas."""
+    return name.replace("$", r"\$")

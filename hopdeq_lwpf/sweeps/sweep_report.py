@@ -30,8 +30,8 @@ from hopdeq_lwpf.sweeps.sweep_spec import SweepTrial
 METHOD = """Every trial has the settings of the base and of its cell. The seed sets all that is drawn (initial weights,
 order of the data, dropout; patterns and noise), so that trials of one seed differ in the cell alone, and cells are
 compared in pairs by seed. Intervals are Student's over seeds; that of a paired difference is without 0 where the paired
-t test rejects equality. They say how another seed would change the result, not how other data would, and are not
-corrected for their number. A ratio is that of the means over the seeds that both cells have."""
+t test rejects equality. They say how another seed would change the result, not how data that no seed draws
+would, and are not corrected for their number. A ratio is that of the means over the seeds that both cells have."""
 
 
 def write_results(sweep: Sweep) -> list[Path]:
@@ -82,11 +82,14 @@ def markdown(sweep: Sweep) -> str:
 
 def latex(grid: Grid) -> str:
     """A table as a LaTeX tabular, with the rules of booktabs."""
-    escapes = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\~{}", "^": r"\^{}"}
+    words = {"\\": "textbackslash", "<": "textless", ">": "textgreater", "|": "textbar"}
+    escapes = {c: rf"\{name}{{}}" for c, name in words.items()}
+    escapes |= {**{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\~{}", "^": r"\^{}"}
 
     def plain(line: tuple[str, ...]) -> str:
         cells = ["".join(escapes.get(c, c) for c in cell) for cell in line]
-        return " & ".join(cells) + r" \\"
+        # A bracket after the end of a row would be taken for its option.
+        return "{}" * cells[0].startswith("[") + " & ".join(cells) + r" \\"
 
     body = [plain(grid.header), r"\midrule", *(plain(line) for line in grid.lines)]
     columns = "l" + "r" * (len(grid.header) - 1)

@@ -88,13 +88,23 @@ class Pair:
 
     @property
     def known(self) -> bool:
-        """Whether the difference has an interval: several seeds, whose differences are not all the same."""
-        return self.difference.high - self.difference.low > 1e-9
+        """Whether the difference has an interval: two seeds at least."""
+        return self.seeds > 1
+
+    @property
+    def certain(self) -> bool:
+        """Whether all seeds differ by the same number, so that the interval has no width."""
+        return self.known and math.isclose(self.difference.low, self.difference.high, rel_tol=1e-9)
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval of the difference lies above or below 0; 0 where it does not, or is not known."""
-        return (int(self.difference.low > 0) - int(self.difference.high < 0)) if self.known else 0
+        """1 or -1 where the interval of the difference lies above or below 0; 0 where it does not, or is not known.
+
+        An interval without width is none: a few seeds may agree by chance.
+        """
+        if not self.known or self.certain:
+            return 0
+        return int(self.difference.low > 0) - int(self.difference.high < 0)
 
 
 def pairs(sweep: Sweep) -> list[Pair]:
@@ -153,8 +163,9 @@ def _cells(sweep: Sweep) -> Grid:
         seeds = int((~np.isnan(sweep.values(cell, spec.measures[0]))).sum())
         lines.append((*(name for _, name in cell.levels), str(seeds), *numbers))
     header = (*spec.factors(), "seeds", *(measure_name(measure) for measure in spec.measures))
-    epochs = "the last epoch" if spec.last == 1 else f"the last {spec.last} epochs"
-    title = f"Mean over the seeds [{100 * spec.confidence:g} % interval], of {epochs}"
+    epochs = ", of the last epoch" if spec.last == 1 else f", of the last {spec.last} epochs"
+    when = epochs if spec.task == "train" else ""
+    title = f"Mean over the seeds [{100 * spec.confidence:g} % interval]{when}"
     return Grid(title, header, tuple(lines))
 
 
@@ -163,6 +174,7 @@ def _pairs(sweep: Sweep) -> Grid:
     lines = []
     for pair in pairs(sweep):
         said = {1: "higher", -1: "lower", 0: "no"}[pair.sign] if pair.known else "-"
+        said = "equal in all seeds" if pair.certain else said
         ratios = ["-" if math.isnan(ratio) else f"{ratio:.2f}x" for ratio in pair.ratios]
         difference = limits(pair.difference, "+", _digits(score))
         against = pair.first.level(pair.factor)
@@ -199,16 +211,26 @@ def findings(sweep: Sweep) -> list[str]:
 
 def _of_factor(sweep: Sweep, factor: str, own: list[Pair]) -> str:
     score, *others = sweep.spec.measures
-    up, down = sum(pair.sign > 0 for pair in own), sum(pair.sign < 0 for pair in own)
-    known = sum(pair.known for pair in own)
-    text = (
-        f"{factor}: against its first level the {measure_name(score)} is shown to be higher in {up} and lower in "
-        f"{down} of {known} pairs that have an interval"
-    )
-    if not known:
-        gaps = [pair.difference.mean for pair in own if not math.isnan(pair.difference.mean)]
-        span = f"differs by {min(gaps):+.3g} to {max(gaps):+.3g}" if gaps else "is not known"
-        text = f"{factor}: against its first level the {measure_name(score)} {span} (one seed: no intervals)"
+    name = measure_name(score)
+    tested = [pair for pair in own if pair.known and not pair.certain]
+    equal = [pair.difference.mean for pair in own if pair.certain]
+    gaps = [pair.difference.mean for pair in own if pair.seeds == 1]
+    parts = []
+    if tested:
+        up, down = sum(pair.sign > 0 for pair in tested), sum(pair.sign < 0 for pair in tested)
+        parts.append(
+            f"is shown to be higher in {up} and lower in {down} of {len(tested)} pairs with an interval"
+        )
+    if equal:
+        span = f"{min(equal):+.3g} to {max(equal):+.3g}"
+        parts.append(
+            f"differs by the same number in all seeds, and so has no interval, in {len(equal)} ({span})"
+        )
+    if gaps:
+        parts.append(
+            f"differs by {min(gaps):+.3g} to {max(gaps):+.3g} in {len(gaps)} with one seed, and so no interval"
+        )
+    text = f"{factor}: against its first level the {name} {'; '.join(parts) or 'is not known'}"
     for number, measure in enumerate(others):
         ratios = [pair.ratios[number] for pair in own if not math.isnan(pair.ratios[number])]
         if ratios:
