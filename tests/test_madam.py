@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from hopdeq_lwpf.models import HAM
 from hopdeq_lwpf.solvers import Neumann
 from hopdeq_lwpf.training import Learning, TrainSpec, train
-from hopdeq_lwpf.training.madam import Madam
+from hopdeq_lwpf.training.madam import BLOCK, Madam
 
 F64 = torch.float64
 
@@ -160,3 +160,29 @@ def test_it_trains_a_small_ham_on_the_digits(tmp_path):
     )
     accuracy = train(spec, model=model).metrics.course("val/accuracy")
     assert accuracy[-1] > 0.8
+
+
+def test_large_weights_are_updated_as_small_ones_also_where_they_do_not_lie_in_a_row():
+    torch.manual_seed(0)
+    start, gradients = (
+        torch.randn(210, 200, dtype=torch.float64),
+        torch.randn(3, 210, 200, dtype=torch.float64),
+    )
+    gradients[0, 7] = 0.0  # no gradient at first
+    large = nn.Parameter(start.clone())
+    turned = nn.Parameter(start.T.contiguous().T.clone(memory_format=torch.preserve_format))
+    assert large.numel() > BLOCK
+    assert not turned.is_contiguous()
+    small = [nn.Parameter(row.clone()) for row in start]
+    # One bound for all, since each tensor has its own.
+    options = {"lr": 0.1, "p_scale": 1e6}
+    optimizers = [Madam([large], **options), Madam([turned], **options), Madam(small, **options)]
+    for gradient in gradients:
+        large.grad, turned.grad = gradient.clone(), gradient.T.contiguous().T
+        for row, own in zip(small, gradient, strict=True):
+            row.grad = own.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(large.detach(), torch.stack([row.detach() for row in small]), rtol=1e-14, atol=0)
+    assert_close(turned.detach(), large.detach(), rtol=1e-14, atol=0)
+    assert not torch.equal(large.detach(), start)

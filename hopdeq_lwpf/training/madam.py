@@ -9,6 +9,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 15  # weights
+
 
 class Madam(torch.optim.Optimizer):
     """w <- w exp(-lr sign(w) g'), with g' the gradient over its root mean square, clipped (Bernstein et al. 2020,
@@ -75,17 +77,32 @@ class Madam(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["step"] = 0
-            state["square"] = torch.zeros_like(weight)
-            state["limit"] = group["p_scale"] * weight.square().mean().sqrt()
+            state["square"] = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+            state["limit"] = group["p_scale"] * float(weight.square().mean().sqrt())
         state["step"] += 1
-        square = state["square"].lerp_(gradient.square(), 1 - group["beta"])
-        size = (square / (1 - group["beta"] ** state["step"])).sqrt_()
-        # No gradient so far: 0 / 0, where the weight is to stay.
-        ratio = gradient / torch.where(size == 0, 1.0, size)
-        ratio = ratio.clamp_(-group["g_bound"], group["g_bound"])
+        square = state["square"]
+        if weight.device.type != "cpu" or not weight.is_contiguous():
+            _move(weight, gradient, square, state, group)
+            return
+        # Blocks that fit into a cache: an optimiser's time is its passes through memory.
+        flat = (tensor.view(-1).split(BLOCK) for tensor in (weight, gradient.contiguous(), square))
+        for some_weight, some_gradient, some_square in zip(*flat, strict=True):
+            _move(some_weight, some_gradient, some_square, state, group)
+
+
+def _move(
+    weight: Tensor, gradient: Tensor, square: Tensor, state: dict[str, Any], group: dict[str, Any]
+) -> None:
+    """The update of some weights, in place, with their gradient and the moving average of its square."""
+    beta = group["beta"]
+    square.mul_(beta).addcmul_(gradient, gradient, value=1 - beta)
+    ratio = square.sqrt()
+    torch.div(gradient, ratio, out=ratio).mul_(math.sqrt(1 - beta ** state["step"]))
+    ratio.masked_fill_(square == 0, 0.0)  # no gradient so far: 0 / 0, where the weight is to stay
+    ratio.clamp_(-group["g_bound"], group["g_bound"]).mul_(weight.sign()).mul_(-group["lr"]).exp_()
+    if group["weight_decay"]:
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.mul_(torch.exp(ratio.mul_(weight.sign()).mul_(-group["lr"])))
-        torch.minimum(torch.maximum(weight, -state["limit"], out=weight), state["limit"], out=weight)
+    weight.mul_(ratio).clamp_(-state["limit"], state["limit"])
 
 
 def _check(options: dict[str, Any]) -> None:
