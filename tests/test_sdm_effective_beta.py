@@ -139,6 +139,24 @@ def test_the_published_rule_as_recorded():
     assert [float(head.betas) for head in heads] == pytest.approx(case["value"], rel=case["rtol"])
 
 
+def test_the_published_rule_takes_the_last_query_of_each_sample_that_is_not_padding():
+    q, k = draw(3, 2, 4, 5), draw(3, 2, 6, 5, seed=1)
+    queries, keys = (4, 2, 0), (6, 3, 6)  # of each sample, the rest is padding
+    mask = torch.ones(3, 1, 4, 6, dtype=torch.bool)
+    for sample in range(3):
+        mask[sample, :, : queries[sample], : keys[sample]] = False
+    found = head_betas({"": [QueriesKeys(q, k, 0.5, mask)]}, method="published")
+    for head in range(2):
+        slow = [
+            max(
+                0.5 * sum(a * b for a, b in zip(q[s, head, queries[s] - 1].tolist(), key, strict=True))
+                for key in k[s, head, : keys[s]].tolist()
+            )
+            for s in (0, 1)
+        ]
+        assert found[head].betas.tolist() == pytest.approx(slow, rel=1e-6)  # draws in float32
+
+
 def test_queries_without_two_different_keys_have_no_slope():
     q, k = draw(1, 1, 3, 4), draw(1, 1, 1, 4).expand(1, 1, 5, 4)
     (head,) = head_betas({"": [QueriesKeys(q, k)]})

@@ -1,5 +1,6 @@
 """Perturb and recall: noise of the size asked for, the published recall table, settings that make no sense."""
 
+import dataclasses
 import json
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from hopdeq_lwpf.models.sdm.experiments import (
     recall_curve,
     run_grid,
 )
+from hopdeq_lwpf.models.sdm.weights import Circle
 
 ROWS = [
     row
@@ -174,6 +176,60 @@ def test_given_patterns_take_the_place_of_random_ones():
     patterns = random_patterns(20, 32, seed=0)
     row, other = (run_grid(SMALL, patterns=patterns), run_grid(SMALL))
     assert torch.equal(row[0].cosine, other[0].cosine)
+
+
+@pytest.mark.parametrize(
+    ("n", "radii", "flips"),
+    [
+        (64, (5, 9, 11, 15, 19, 27), (0, 4, 8, 12)),
+        (16, (5, 9, 11, 15), (0, 4, 8, 12)),
+        (9, (5, 9), (0, 4, 8)),
+        (4, (2,), (0, 4)),
+        (1, (0,), (0,)),
+    ],
+)
+def test_radii_and_flips_left_out_are_the_published_ones_that_fit(n, radii, flips):
+    made = GridSettings(n=n)
+    assert (made.radii, made.flips) == (radii, flips)
+    assert dataclasses.replace(made, seed=1).radii == radii
+    assert dataclasses.replace(GridSettings(), n=n).radii == radii
+
+
+def test_a_curve_of_few_bits_needs_no_radii():
+    rows = recall_curve("Binary_SDM", 4, GridSettings(n=16, patterns=5))
+    assert [(row.radius, row.flips) for row in rows] == [(4, 0), (4, 4), (4, 8), (4, 12)]
+
+
+def test_a_state_that_an_empty_read_keeps_is_not_recalled():
+    # No pattern has one of ten neurons within a bit.
+    rows = recall_curve(
+        "Binary_Neuron_SDM", 1, GridSettings(n=64, patterns=6, flips=(0,), explicit_neurons=10)
+    )
+    assert rows[0].empty.all()
+    assert rows[0].mean_cosine == 1
+    assert rows[0].recalled == 0
+    some = dataclasses.replace(rows[0], empty=torch.tensor([True, False, True, False, True, False]))
+    assert some.recalled == 0.5
+
+
+def test_data_sets_of_neighbouring_seeds_have_no_draws_in_common():
+    options = {"n": 16, "patterns": 8, "flips": (4,), "algorithms": ("Transformer_Attention",), "radii": (5,)}
+    cosines = {
+        (seed, row.data_set): row.cosine
+        for seed in (0, 1, 2)
+        for row in run_grid(GridSettings(**options, data_sets=3, seed=seed))
+    }
+    keys = list(cosines)
+    assert not any(torch.equal(cosines[a], cosines[b]) for i, a in enumerate(keys) for b in keys[:i])
+    alone = run_grid(GridSettings(**options, seed=2), patterns=random_patterns(8, 16, seed=2))
+    assert torch.equal(alone[0].cosine, cosines[2, 0])
+
+
+def test_counts_and_patterns_of_a_seed_are_draws_of_their_own():
+    counts = Circle(5, 100.0, seed=3).draw(1024)
+    patterns = (random_patterns(1024, 1, seed=3)[:, 0].double() + 1) / 2
+    correlation = torch.corrcoef(torch.stack([counts, patterns]))[0, 1]
+    assert abs(correlation) < 0.15  # a standard error of .031
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hopdeq_lwpf import Termination, fixed_point
+from hopdeq_lwpf import ConvergenceError, Termination, fixed_point
+from hopdeq_lwpf._types import ConvergenceWarning
 from hopdeq_lwpf.forgetting import PFU, ReLU, TopK
 from hopdeq_lwpf.models.sdm.caps import log_cap_intersection
 from hopdeq_lwpf.models.sdm.function import EmptyReadError, SDMFunction
 from hopdeq_lwpf.models.sdm.hopfield import ClassicalHopfield
 from hopdeq_lwpf.models.sdm.intersections import log_circle_intersection
 from hopdeq_lwpf.models.sdm.memory import SDM
+from hopdeq_lwpf.models.sdm.neuron_memory import NeuronMemory
 from hopdeq_lwpf.models.sdm.neurons import Neurons
+from hopdeq_lwpf.models.sdm.projections import ProjectedMemory
 from hopdeq_lwpf.models.sdm.recalls import cycle_lengths
 from hopdeq_lwpf.models.sdm.weights import Attention, Cap, Circle, ReadWeights, TransformerAttention
 from hopdeq_lwpf.solvers import Anderson, Picard
@@ -174,7 +177,7 @@ def test_fast_equals_slow(space, weights):
 
 
 @pytest.mark.parametrize(
-    ("n", "d"), [(2, 0.5), (3, 1), (10, 3), (64, 11), (64, 40), (1000, 447), (1001, 500)]
+    ("n", "d"), [(2, 0.5), (3, 1), (10, 3), (64, 11), (64, 30), (64, 40), (1000, 447), (1001, 500)]
 )
 def test_table_of_caps_follows_the_quadrature(n, d):
     edge = min(2 * math.acos(1 - 2 * d / n), math.pi)
@@ -492,6 +495,69 @@ def test_module_and_function_agree():
     assert memory.last_solution.cosine == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_last_solution_is_a_recall_also_where_a_failure_raises():
+    query, patterns = torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[0.0, 1]])
+    memory = ClassicalHopfield(on_failure="raise")
+    with pytest.raises(ConvergenceError):
+        memory(query, patterns)
+    assert memory.last_solution.cycle.tolist() == [2, 1]
+    memory = ClassicalHopfield(on_failure="warn")
+    with pytest.raises(ConvergenceWarning):  # warnings are errors here
+        memory(query, patterns)
+    assert memory.last_solution.cycle.tolist() == [2, 1]
+    memory = SDM(Attention(3.0), space="continuous", stop=Termination(max_steps=1), on_failure="raise")
+    with pytest.raises(ConvergenceError):
+        memory(normal(3, 16), normal(5, 16, seed=1), normal(5, 2, seed=2))
+    assert memory.last_solution.index.shape == memory.last_solution.empty.shape == (3,)
+    assert memory.last_solution.value.shape == (3, 16)
+
+
+def test_cosines_of_classical_hopfield_are_not_rounded_under_autocast():
+    patterns = bits(30, 999).float()
+    query = patterns.clone()
+    query[:, :3] = 1 - query[:, :3]
+    memory = ClassicalHopfield(steps=1, on_failure="ignore")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = memory(query, patterns, return_solution=True).cosine
+    assert rounded.dtype == torch.float32
+    assert_close(rounded, memory(query, patterns, return_solution=True).cosine, rtol=0, atol=0)
+
+
+def written() -> NeuronMemory:
+    memory = NeuronMemory(Neurons.random(300, 16, 5))
+    memory.write(PATTERNS)
+    return memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "args", "named"),
+    [
+        (SDM(Circle(5)), (QUERY,), {"patterns": PATTERNS}),
+        (SDM(Circle(5)), (QUERY, PATTERNS, bits(len(PATTERNS), 3)), {}),
+        (
+            SDM(Attention(3.0), space="continuous"),
+            (normal(4, 16), normal(5, 16, seed=1)),
+            {"mask": torch.arange(5) > 3, "return_solution": True},
+        ),
+        (
+            ProjectedMemory(16, 8, Attention(3.0)),
+            (normal(4, 16).float(),),
+            {"patterns": normal(5, 16).float()},
+        ),
+        (ClassicalHopfield(), (QUERY, PATTERNS), {"return_solution": True}),
+        (written(), (QUERY,), {"return_solution": True}),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_problem_takes_the_arguments_of_a_call_and_is_what_the_call_solves(memory, args, named):
+    with torch.no_grad():
+        memory(*args, **named)
+        found = fixed_point(memory.f, *memory.problem(*args, **named), solver=memory.solver)
+    assert_close(found.state, memory.last_solution.state)
+    assert found.steps.tolist() == memory.last_solution.steps.tolist()
+
+
 def test_copies_and_pickles_recall_alike():
     for weights in (Circle(5), Cap(5), Neurons.random(100, 16, 5)):
         memory = SDM(weights, space="continuous")
@@ -522,6 +588,11 @@ def test_copies_and_pickles_recall_alike():
         (lambda: Cap(math.nan), ValueError, r"d must be a number.*nan"),
         (lambda: Attention(0.0), ValueError, r"beta must be > 0"),
         (lambda: Attention(torch.ones(2)), ValueError, r"beta must be one number.*\(2,\)"),
+        (
+            lambda: TransformerAttention.fitted(64, 11),
+            TypeError,
+            r"TransformerAttention has .* no fit; use Attention.fitted\(64, 11\)",
+        ),
         (lambda: SDM(Circle(17))(QUERY, PATTERNS), ValueError, r"d must be at most the width n = 16.*got 17"),
         (
             lambda: SDM(Circle(5))(QUERY, 2 * PATTERNS - 1),

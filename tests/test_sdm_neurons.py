@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hopdeq_lwpf.data.draws import stream
 from hopdeq_lwpf.forgetting import TopK
 from hopdeq_lwpf.models.sdm import neurons as module
 from hopdeq_lwpf.models.sdm.memory import SDM
@@ -161,6 +163,88 @@ def test_nan_query_harms_no_other_and_state_dict_carries_the_contents():
     assert torch.equal(found.value[:2], expected)
     assert found.result.tolist()[2] == 3
     assert found.index.tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d": 6},
+        {"d": 6, "activation": "linear"},
+        {"activation": "cosine"},
+        {"activation": "exponential"},
+        {"activation": "exponential", "rate": 1.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("space", ["binary", "continuous"])
+@pytest.mark.parametrize("width", [None, 3])
+def test_a_memory_that_is_emptied_again_is_empty(options, space, width):
+    patterns = bits(25, 16) if space == "binary" else 2 * bits(25, 16) - 1 + 0.1
+    pointers = (None,) * 25 if width is None else bits(25, width, seed=1)
+    memory = NeuronMemory(Neurons.random(300, 16, **options), space=space, width=width)
+    times = (0.1, 0.2, 0.3, 1.0, 2.7)
+    memory.write(patterns[:5], pointers[:5] if width else None, times=0.7)
+    for row in range(5, 25):
+        memory.write(patterns[row], pointers[row], times=times[row % 5])
+    for row in (*range(15, 25), 3, 0, 4, 1, 2, *range(5, 15)):
+        memory.remove(patterns[row], pointers[row], times=0.7 if row < 5 else times[row % 5])
+    assert not any(bool(buffer.any()) for buffer in memory.f.buffers(recurse=False))
+    assert memory(patterns, return_solution=True).empty.all()
+    assert memory.stored == 0
+
+
+@pytest.mark.parametrize("activation", ["linear", "exponential"])
+@pytest.mark.parametrize("space", ["binary", "continuous"])
+def test_one_pattern_of_ten_thousand_is_no_rounding_error(activation, space):
+    patterns = torch.randn(10_000, 16, generator=torch.Generator().manual_seed(0))
+    patterns = (patterns > 0).float() if space == "binary" else patterns
+    neurons = Neurons.random(40, 16, activation=activation)
+    memory, alone = NeuronMemory(neurons, space=space), NeuronMemory(neurons, space=space)
+    for rows in patterns.split(10):
+        memory.write(rows)
+    memory.remove(patterns[1:])
+    alone.write(patterns[0])
+    # 1000 additions to loads of up to 10,000, which float32 rounds by up to 5e-4 each.
+    assert_close(memory.f.load, alone.f.load, rtol=0, atol=0.05)
+    assert memory.stored == 1
+    memory.remove(patterns[0])
+    assert not memory.f.load.any()
+
+
+def test_a_removal_before_the_write_is_undone_by_it_where_loads_cancel():
+    for options in ({"d": 5}, {"activation": "exponential"}):
+        memory, alone = (NeuronMemory(Neurons.random(200, 12, **options)) for _ in range(2))
+        one, other = bits(2, 12)
+        memory.write(other)
+        memory.remove(one)
+        memory.write(one)
+        alone.write(other)
+        assert_close(memory.f.sums, alone.f.sums, rtol=0, atol=1e-6)  # a few roundings of numbers up to 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_context_holds_what_was_written_before_it_was_made(dtype):
+    memory = NeuronMemory(Neurons.random(400, 16, 6), width=3)
+    patterns, pointers = bits(4, 16), bits(4, 3, seed=1)
+    memory.write(patterns, pointers)
+    context = memory.f.prepare(patterns.to(dtype))
+    before = memory.f.step(patterns.to(dtype), context)
+    assert before[1].any()
+    memory.remove(patterns, pointers)
+    memory.write(1 - patterns, 1 - pointers)
+    assert_close(memory.f.step(patterns.to(dtype), context), before, rtol=0, atol=0)
+    memory.f.prepare(patterns)
+    memory.clear()
+    assert_close(memory.f.step(patterns.to(dtype), context), before, rtol=0, atol=0)
+    assert not memory.f.sums.any()
+
+
+def test_addresses_and_patterns_of_a_seed_are_draws_of_their_own():
+    addresses = Neurons.random(64, 16, 3, seed=5).addresses
+    drawn = np.unpackbits(np.frombuffer(stream(5).bytes(128), dtype=np.uint8), bitorder="little")
+    same = (torch.from_numpy(drawn.reshape(64, 16)).bool() == (addresses > 0)).double().mean()
+    # Of 1024 fair bits half agree, with a standard error of .016.
+    assert abs(float(same) - 0.5) < 0.08
 
 
 MEMORY = NeuronMemory(Neurons.random(10, 6, 2))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
 
-from hopdeq_lwpf import Termination
+from hopdeq_lwpf import ConvergenceError, Termination
 from hopdeq_lwpf.data import load_digits
 from hopdeq_lwpf.forgetting import TopK
 from hopdeq_lwpf.models.sdm import (
@@ -225,6 +225,19 @@ def test_a_given_memory_is_trained_in_place_with_its_own_weights():
     assert made.f.projection.grad is None
 
 
+def test_training_leaves_no_last_solution_and_the_next_call_a_recall():
+    made = ProjectedMemory(64, 8, Attention(3.0), steps=1)
+    pictures = digits()[0][:40]
+    memory, _ = train_projection(pictures, ProjectionSettings(noise=(1, 8), epochs=1), memory=made)
+    assert memory.last_solution is None
+    memory(pictures[:3], pictures)
+    assert memory.last_solution.index.shape == (3,)
+    made.steps, made.stop, made.on_failure = None, Termination(max_steps=1), "raise"
+    with pytest.raises(ConvergenceError):
+        train_projection(pictures, ProjectionSettings(noise=(1, 8), epochs=1), memory=made)
+    assert memory.last_solution is None
+
+
 # --- bad input
 
 SOME = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
@@ -236,6 +249,10 @@ def broken():
     memory = ProjectedMemory(64, 8, Attention(3.0), steps=1)
     nn.init.constant_(memory.f.projection, math.inf)
     return memory
+
+
+def frozen():
+    return ProjectedMemory(64, 8, Attention(3.0), steps=1).requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +289,11 @@ def broken():
             lambda: train_projection(SOME, SMALL, memory=broken()),
             RuntimeError,
             r"loss is no longer finite in epoch 1; lower lr = 0.005",
+        ),
+        (
+            lambda: train_projection(SOME, SMALL, memory=frozen()),
+            ValueError,
+            r"memory has nothing to train: .*call memory.requires_grad_\(\)",
         ),
         (lambda: recall_projected(nn.Linear(2, 2), SOME, 0), TypeError, r"memory must be a ProjectedMemory"),
         (lambda: recall_projected(MADE, SOME, 65), ValueError, r"flips must be .* at most 64, got 65"),

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# What is drawn from one seed: a stream of its own for each kind. Patterns have the plain seed, which is the same as 0.
+COUNT_DRAWS, ADDRESS_DRAWS, DATA_SET_DRAWS = 1, 2, 3
+
 LOG2 = math.log(2.0)
 
 

@@ -163,8 +163,8 @@ def head_betas(
 
     - "fit": the slope of a query's logits over its cosines with the keys, by least squares.
     - "norms": the mean of s |q| |k| over the keys. The same where all keys are equally long.
-    - "published": max_t s k_t.q of the last query of each sample alone, as the authors' code has it. It takes the
-      largest cosine for 1, and so is too small by that factor.
+    - "published": max_t s k_t.q of the last query of each sample alone, as the authors' code has it; padded queries
+      do not count. It takes the largest cosine for 1, and so is too small by that factor.
 
     Queries that see fewer than two different keys have no slope and are left out with "fit"; keys of length 0, which
     have no cosine, are left out with "fit" and "norms".
@@ -229,10 +229,12 @@ def _lengths(logits: Tensor, lengths: Tensor, seen: Tensor) -> tuple[Tensor, Ten
 
 
 def _largest(logits: Tensor, lengths: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit of the last query, (B, H, 1), or (B, H, 0) without queries or keys."""
+    """The largest logit of the last query that sees a key, (B, H, 1), or (B, H, 0) without queries or keys."""
     if not logits.numel():
         return logits.new_zeros(*logits.shape[:2], 0), logits.new_zeros(*logits.shape[:2], 0)
-    largest = logits.masked_fill(~seen, -math.inf)[:, :, -1:].amax(-1)
+    place = torch.arange(logits.shape[-2], device=logits.device) * seen.any(-1)
+    last = place.amax(-1)[..., None, None].expand(*logits.shape[:2], 1, logits.shape[-1])
+    largest = logits.gather(2, last).masked_fill(~seen.gather(2, last), -math.inf).amax(-1)
     return largest, torch.full_like(largest, math.nan)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from hopdeq_lwpf._types import check_float_tensor, unknown
 from hopdeq_lwpf.data.corruption import corrupt
 from hopdeq_lwpf.data.draws import check_seed, stream
-from hopdeq_lwpf.models.sdm.counting import check_whole
+from hopdeq_lwpf.models.sdm.counting import DATA_SET_DRAWS, check_whole
 from hopdeq_lwpf.models.sdm.function import check_bits
 from hopdeq_lwpf.models.sdm.hopfield import ClassicalHopfield
 from hopdeq_lwpf.models.sdm.memory import SDM
@@ -30,6 +31,9 @@ from hopdeq_lwpf.solvers.termination import Termination
 
 # A query counts as recalled above this cosine with its target.
 RECALLED = 0.99
+# Hamming radii and flips of the published figures for n = 64.
+RADII = (5, 9, 11, 15, 19, 27)
+FLIPS = (0, 4, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,22 @@ class GridSettings:
     """Settings of a recall table; one memory a radius and algorithm, one batch a noise level and repeat.
 
     n: bits; 64 is the published transformer setting, 1000 Kanerva's. patterns: stored, 1024 as published.
-    radii: Hamming radii d; those of the published figures for n = 64. flips: bits flipped in a query, or cosine noise
-        of the same size, 1 - 2 flips / n.
+    radii: Hamming radii d, 0..n; those of the published figures for n = 64. flips: bits flipped in a query, 0..n, or
+        cosine noise of the same size, 1 - 2 flips / n. Left out, both are the published ones that are at most n; a
+        memory of less than 5 bits has the radius n // 2.
     algorithms: names of `ALGORITHMS`. neurons: of "..._NeuronLimit"; explicit_neurons: of "Binary_Neuron_SDM".
     estimator: of the fitted betas, "published" or "ols" (see `fit_beta`); the default is that of the paper's tables.
     data_sets, repeats: sets of patterns, and perturbations of each; the published figures have 3 and 5.
     reject_nearer: draw a query again that lies nearer to another pattern.
-    max_steps: reads at most, 100 as published. seed: of all draws.
+    max_steps: reads at most, 100 as published.
+    seed: of all draws. The first data set is `random_patterns(seed=seed)`; the others have seeds drawn from it, so that
+        neighbouring seeds share none.
     """
 
     n: int = 64
     patterns: int = 1024
-    radii: tuple[int, ...] = (5, 9, 11, 15, 19, 27)
-    flips: tuple[int, ...] = (0, 4, 8, 12)
+    radii: tuple[int, ...] = RADII
+    flips: tuple[int, ...] = FLIPS
     algorithms: tuple[str, ...] = TABLE
     neurons: float = 2.0**64
     explicit_neurons: int = 100_000
@@ -98,6 +105,11 @@ class GridSettings:
     def __post_init__(self) -> None:
         for name in ("n", "patterns", "explicit_neurons", "data_sets", "repeats", "max_steps"):
             check_whole(name, getattr(self, name))
+        # The very tuples of the defaults, so that a radius that was asked for is never dropped.
+        if self.radii is RADII and max(RADII) > self.n:
+            object.__setattr__(self, "radii", tuple(d for d in RADII if d <= self.n) or (self.n // 2,))
+        if self.flips is FLIPS and max(FLIPS) > self.n:
+            object.__setattr__(self, "flips", tuple(k for k in FLIPS if k <= self.n))
         for name in ("radii", "flips"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -132,8 +144,8 @@ class RecallRow:
 
     @property
     def recalled(self) -> float:
-        """Share of the queries with a cosine above .99."""
-        return float((self.cosine > RECALLED).double().mean())
+        """Share of the queries with a cosine above .99 that met no empty read: a state that is kept is not recalled."""
+        return float(((self.cosine > RECALLED) & ~self.empty).double().mean())
 
 
 def random_patterns(count: int, n: int, *, seed: int = 0) -> Tensor:
@@ -238,7 +250,7 @@ def run_grid(settings: GridSettings, *, patterns: Tensor | None = None) -> list[
         )
     rows = []
     for data_set in range(settings.data_sets):
-        seed = (settings.seed + data_set) % 2**32
+        seed = _data_seed(settings.seed, data_set)
         drawn = random_patterns(settings.patterns, settings.n, seed=seed) if patterns is None else patterns
         stored = {"binary": (drawn > 0).to(drawn.dtype), "continuous": Sphere().apply(drawn)}
         spaces = dict.fromkeys(ALGORITHMS[name].space for name in settings.algorithms)
@@ -262,6 +274,12 @@ def recall_curve(
     return run_grid(
         GridSettings(**{**values, "algorithms": (algorithm,), "radii": (radius,)}), patterns=patterns
     )
+
+
+def _data_seed(seed: int, data_set: int) -> int:
+    if data_set == 0:
+        return seed
+    return int(stream(seed, DATA_SET_DRAWS, data_set).randint(2**32, dtype=np.uint32))
 
 
 def _all_queries(patterns: Tensor, space: str, settings: GridSettings, seed: int) -> Tensor:

@@ -85,7 +85,8 @@ class ClassicalHopfieldFunction(torch.nn.Module):
 
     def nearest(self, z: Tensor, x: HopfieldContext) -> tuple[Tensor, Tensor]:
         """Cosine of signs with the nearest pattern, and its index, -1 for NaN."""
-        cosine, index = ((2 * wide(z) - 1) @ x.keys.T / z.shape[-1]).max(-1)
+        with without_autocast(z):
+            cosine, index = ((2 * wide(z) - 1) @ x.keys.T / z.shape[-1]).max(-1)
         return cosine, index.masked_fill(cosine.isnan(), -1)
 
 
@@ -109,6 +110,17 @@ class ClassicalHopfield(AssociativeMemory):
     ) -> None:
         f = ClassicalHopfieldFunction()
         super().__init__(f, steps=steps, solver=solver, stop=stop, adjoint=adjoint, on_failure=on_failure)
+
+    def problem(
+        self,
+        query: Tensor | HopfieldContext,
+        patterns: Tensor | None = None,
+        *,
+        return_solution: bool = False,
+    ) -> tuple[HopfieldContext, Tensor]:
+        """What `forward` with these arguments solves: context and start; see `Equilibrium.problem`."""
+        x = self.f.prepare(query, patterns)
+        return x, self.f.init(x)
 
     def forward(  # type: ignore[override]
         self, query: Tensor, patterns: Tensor, *, return_solution: bool = False

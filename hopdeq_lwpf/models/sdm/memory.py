@@ -56,6 +56,19 @@ class SDM(AssociativeMemory):
         f = SDMFunction(weights, space=space, forgetting=forgetting, empty=empty, read_out=read_out)
         super().__init__(f, steps=steps, solver=solver, stop=stop, adjoint=adjoint, on_failure=on_failure)
 
+    def problem(
+        self,
+        query: Tensor | SDMContext,
+        patterns: Tensor | None = None,
+        pointers: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_solution: bool = False,
+    ) -> tuple[SDMContext, Tensor]:
+        """What `forward` with these arguments solves: context and start; see `Equilibrium.problem`."""
+        x = self.f.prepare(query, patterns, pointers, mask)
+        return x, self.f.init(x)
+
     def forward(  # type: ignore[override]
         self,
         query: Tensor | SDMContext,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -25,12 +26,18 @@ from hopdeq_lwpf.solvers.base import Solver, check_count
 from hopdeq_lwpf.solvers.termination import Termination
 
 SPHERE = Sphere()
+# Roundings of an activity and of a product with it.
+ROUNDINGS = 8
 
 
 class HeldFunction(SDMFunction):
     """`SDMFunction` of explicit neurons that keeps in buffers what was written, of addresses and of pointers.
 
-    The context holds the contents as they were when it was made; later writes change them in place.
+    A context holds what the neurons held when it was made, in every dtype: a later write goes to a copy. Only the means
+    that empty="mean" reads are those of the moment.
+
+    `noise` says how much rounding may have left in each neuron and, last, in the totals. A removal that leaves no more
+    than that empties the neuron; else its next reads would divide noise by noise.
     """
 
     weights: Neurons
@@ -39,6 +46,7 @@ class HeldFunction(SDMFunction):
     total: Tensor
     pointed: Tensor | None
     pointed_total: Tensor | None
+    noise: Tensor
 
     def __init__(
         self, neurons: Neurons, width: int | None, space: str, empty: str, read_out: str | None
@@ -50,6 +58,8 @@ class HeldFunction(SDMFunction):
         self.register_buffer("total", torch.zeros(n + 1))  # of the keys, and how many there are
         self.register_buffer("pointed", None if width is None else torch.zeros(len(neurons), width))
         self.register_buffer("pointed_total", None if width is None else torch.zeros(width))
+        self.register_buffer("noise", torch.zeros(len(neurons) + 1))
+        self._lent = False  # whether a context holds the buffers
 
     def prepare(  # type: ignore[override]
         self, query: Tensor | SDMContext
@@ -74,6 +84,7 @@ class HeldFunction(SDMFunction):
         content = Content(self.sums.to(dtype), self.load.to(dtype))
         pointed = None if self.pointed is None else content._replace(sums=self.pointed.to(dtype))
         start = query if self.binary else SPHERE.apply(query)
+        self._lent = True
         return SDMContext(content.sums[:0], self.pointed, None, None, None, content, pointed, start)
 
     def nearest(self, z: Tensor, x: SDMContext) -> tuple[Tensor, Tensor]:
@@ -104,6 +115,8 @@ class HeldFunction(SDMFunction):
                 raise ValueError(
                     f"there must be one pointer an address, got {rows.shape[0]} for {keys.shape[0]}"
                 )
+        self._own()
+        before = torch.cat([self.load, self.total[-1:]])
         with without_autocast(keys):
             self.weights.add(Content(self.sums, self.load), keys, keys, unit, amount)
             self.total += torch.cat([amount @ keys, amount.sum()[None]])
@@ -112,6 +125,60 @@ class HeldFunction(SDMFunction):
                 spare = Content(self.pointed, torch.zeros_like(self.load))
                 self.weights.add(spare, keys, rows, unit, amount)
                 self.pointed_total += amount @ rows
+        self._settle(before, len(keys), times)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._own()
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def _own(self) -> None:
+        """Leave the contents to the contexts that hold them, and go on with a copy."""
+        if not self._lent:
+            return
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, buffer.clone())
+        self._lent = False
+
+    def _settle(self, before: Tensor, count: int, times: float) -> None:
+        """Count the rounding of a write of so many rows, and empty what holds no more than that."""
+        after = torch.cat([self.load, self.total[-1:]])
+        self.noise = torch.hypot(self.noise, self._rounding(before, after, count, times))
+        if times > 0 or not bool((self.noise > 0).any()):
+            return
+        gone = after.abs() <= self.noise
+        rows = (gone & (self.noise > 0))[:-1].nonzero().squeeze(1)
+        # What was never written may cancel in the load alone.
+        rows = rows[self.sums[rows].abs().amax(1) <= self.noise[rows]]
+        # Their noise stays: what is removed next may have been rounded away before.
+        for held in (self.sums, self.load, self.pointed):
+            if held is not None:
+                held[rows] = 0.0
+        if bool(gone[-1]) and float(self.total.abs().max()) <= float(self.noise[-1]):
+            self.total.zero_()
+            if self.pointed_total is not None:
+                self.pointed_total.zero_()
+            if not bool(self.load.any()) and not bool(self.sums.any()):
+                self.noise.zero_()
+
+    def _rounding(self, before: Tensor, after: Tensor, count: int, times: float) -> Tensor:
+        """The size of the rounding errors of one write, (r + 1,); 0 where all numbers are whole."""
+        eps = torch.finfo(after.dtype).eps
+        largest, moved = torch.maximum(before.abs(), after.abs()), (after - before).abs()
+        neurons = self.weights
+        if neurons.activation == "exponential":
+            moved = moved * (1 + neurons.rate * self.sums.shape[1])
+        elif neurons.activation != "circle":
+            moved = moved + abs(times) * count  # a difference: small activities have the error of large ones
+        # Errors of many terms, and of many writes, are of either sign and add up as squares do.
+        found = 2 * eps * (largest + (ROUNDINGS + math.log2(max(count, 1))) * moved)
+        if not (self.binary and float(times).is_integer()):
+            return found
+        whole = largest < 1 / eps
+        if neurons.activation != "circle":
+            whole[:-1] = False
+        return found.masked_fill(whole, 0.0)
 
     def _rows(self, name: str, value: Tensor, width: int, bits: bool, *, unit_length: bool = True) -> Tensor:
         """(B, width) as keys or pointers are."""
@@ -135,8 +202,11 @@ class NeuronMemory(AssociativeMemory):
     memory and time depend on the number of neurons alone. Recalls what `SDM(neurons)` does for the same patterns.
 
     neurons: `Neurons`. width: of the pointers (hetero-association); None: each address points to itself.
-    empty, read_out, space, steps and the rest: as in `SDM`. The contents are buffers, in float32: whole numbers, exact
-    up to 2^24 writes a neuron with the activation "circle", so that removing undoes writing to the last bit.
+    empty, read_out, space, steps and the rest: as in `SDM`. The contents are buffers, in float32. With the activation
+    "circle", space="binary", whole `times` and pointers that are bits they are whole numbers, exact up to 2^23 writes a
+    neuron, so that removing undoes writing to the last bit. Else removing leaves rounding errors; a neuron that holds
+    no more than errors of random sign add up to is emptied, so that a read of what was removed is an empty one. Errors
+    of thousands of single writes with the same fraction may all have one sign, and then stay until `clear()`.
     """
 
     f: HeldFunction
@@ -176,13 +246,19 @@ class NeuronMemory(AssociativeMemory):
 
     def clear(self) -> None:
         """Forget everything."""
-        for buffer in self.f.buffers(recurse=False):
-            buffer.zero_()
+        self.f.clear()
 
     @property
     def stored(self) -> float:
         """How many patterns are held, with their weights."""
         return float(self.f.total[-1])
+
+    def problem(
+        self, query: Tensor | SDMContext, z0: Tensor | None = None, *, return_solution: bool = False
+    ) -> tuple[SDMContext, Tensor]:
+        """What `forward` with these arguments solves: context and start; see `Equilibrium.problem`."""
+        x = self.f.prepare(query)
+        return x, self.f.init(x) if z0 is None else z0
 
     def forward(self, query: Tensor, *, return_solution: bool = False) -> Tensor | SDMRecall:  # type: ignore[override]
         """query (*batch, n) -> what is recalled, (*batch, n), or (*batch, w) where there are pointers."""

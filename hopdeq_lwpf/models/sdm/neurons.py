@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hopdeq_lwpf._types import unknown
 from hopdeq_lwpf.data.draws import check_number, check_seed, stream
-from hopdeq_lwpf.models.sdm.counting import check_whole
+from hopdeq_lwpf.models.sdm.counting import ADDRESS_DRAWS, check_whole
 from hopdeq_lwpf.models.sdm.weights import ReadWeights
 
 ACTIVATIONS = ("circle", "linear", "exponential", "cosine")
@@ -78,7 +78,7 @@ class Neurons(ReadWeights):
         check_whole("neurons", neurons)
         check_whole("n", n)
         # Bits in bulk: a byte a bit at most is ever held.
-        drawn = stream(check_seed("seed", seed)).bytes((neurons * n + 7) // 8)
+        drawn = stream(check_seed("seed", seed), ADDRESS_DRAWS).bytes((neurons * n + 7) // 8)
         bits = torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
         bits = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
         return cls(bits.reshape(-1)[: neurons * n].reshape(neurons, n), d, activation=activation, rate=rate)
@@ -145,7 +145,8 @@ class Neurons(ReadWeights):
         """The same in place, on top of what is held already."""
         for start, stop, held in self._held(keys, unit, None):
             content.sums[start:stop].addmm_(held.T, pointers * amount[:, None])
-            content.load[start:stop] += amount @ held
+            # torch adds up a column in stages; a product with `amount` would round after every row.
+            content.load[start:stop] += (held * amount[:, None]).sum(0)
 
     def _held(self, keys: Tensor, unit: float, amount: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
         for start, stop in self._blocks(keys.shape[0]):

@@ -118,7 +118,8 @@ def train_projection(
 
     memory: one to train as it is, in place, with its own projection, read weights, forgetting, steps and solver; lr,
         epochs, batch_size, noise and seed of the settings apply. None: a new one of the settings.
-    Returns the trained memory, on the device of the patterns, and the course of the training.
+    Returns the trained memory, on the device of the patterns, and the course of the training. Its `last_solution` is
+    None until it is called.
     The same patterns and settings give the same memory; torch's own generator is not used.
 
     Raises ValueError or TypeError for patterns and settings that do not fit, RuntimeError where the loss is no longer
@@ -206,7 +207,10 @@ def _train_step(
     optimizer.zero_grad()
     # Without the report of `memory(...)`, whose search for the nearest picture costs as much as the read itself.
     with torch.enable_grad():
-        read: Tensor = Equilibrium.forward(memory, memory.f.prepare(query, patterns))  # type: ignore[assignment]
+        try:
+            read: Tensor = Equilibrium.forward(memory, memory.f.prepare(query, patterns))  # type: ignore[assignment]
+        finally:
+            memory.last_solution = None  # it is no SDMRecall
         loss = (wide(read) - wide(target)).square().sum(-1).mean()
     loss.backward()
     optimizer.step()
@@ -238,6 +242,10 @@ def _to_train(
     if settings.learn_beta:
         raise ValueError(
             "learn_beta is for a new memory; give yours Attention(nn.Parameter(torch.tensor(beta))) instead"
+        )
+    if not any(weight.requires_grad for weight in memory.parameters()):
+        raise ValueError(
+            "memory has nothing to train: none of its parameters requires grad; call memory.requires_grad_()"
         )
     return memory.to(patterns.device)
 

@@ -189,6 +189,18 @@ class ProjectedMemory(AssociativeMemory):
         f = ProjectedFunction(start, weights, forgetting=forgetting, empty=empty)
         super().__init__(f, steps=steps, solver=solver, stop=stop, adjoint=adjoint, on_failure=on_failure)
 
+    def problem(
+        self,
+        query: Tensor | SDMContext,
+        patterns: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_solution: bool = False,
+    ) -> tuple[SDMContext, Tensor]:
+        """What `forward` with these arguments solves: context and start; see `Equilibrium.problem`."""
+        x = self.f.prepare(query, patterns, mask)
+        return x, self.f.init(x)
+
     def forward(  # type: ignore[override]
         self,
         query: Tensor | SDMContext,

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._types import Result, Solution, plain
+from hopdeq_lwpf._types import ConvergenceError, ConvergenceWarning, Result, Solution, plain
 from hopdeq_lwpf.solvers.adjoints import Adjoint
 from hopdeq_lwpf.solvers.base import Solver, outside_of_compile
 from hopdeq_lwpf.solvers.equilibrium import Equilibrium
@@ -83,10 +83,17 @@ class AssociativeMemory(Equilibrium):
         self._solver = solver
 
     def _recall(self, x: Any, hetero: bool, return_solution: bool) -> Tensor | SDMRecall:
-        """The read-out for a context that f made, or the whole SDMRecall."""
+        """The read-out for a context that f made, or the whole SDMRecall.
+
+        Where that raises because of a failure, `last_solution` tells what was found, its value being the state.
+        """
         if torch.compiler.is_compiling():
             return cast(Tensor | SDMRecall, outside_of_compile(self._recall, x, hetero, return_solution))
-        solution = cast(Solution, super().forward(x, read_out=hetero, return_solution=True))
+        try:
+            solution = cast(Solution, super().forward(x, read_out=hetero, return_solution=True))
+        except (ConvergenceError, ConvergenceWarning):  # the latter where warnings are errors
+            self.last_solution = self._report_on(x, cast(Solution, self.last_solution))
+            raise
         recall = self._report_on(x, solution)
         self.last_solution = dataclasses.replace(
             recall, value=plain(recall.value.detach()), state=plain(recall.state.detach())

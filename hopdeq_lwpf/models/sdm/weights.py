@@ -16,15 +16,16 @@ from hopdeq_lwpf._layout import attach, check_positive
 from hopdeq_lwpf._types import unknown
 from hopdeq_lwpf.data.draws import check_seed, stream
 from hopdeq_lwpf.models.sdm.caps import log_cap_intersection
+from hopdeq_lwpf.models.sdm.counting import COUNT_DRAWS, check_whole
 from hopdeq_lwpf.models.sdm.counting import check_positive as check_count
-from hopdeq_lwpf.models.sdm.counting import check_whole
 from hopdeq_lwpf.models.sdm.intersections import log_circle_intersection
 
 SPACES = ("binary", "continuous")
 # exp of more leaves the range of float32; such a count has no fraction left to draw.
 LARGEST = 80.0
-# Cells of the table of a cap intersection: for n of 3 to 10,000 the error of ln was below 2e-5 in float64, shares
-# below exp(-100) of the largest left aside.
+# Cells of the table of a cap intersection: for n of 3 to 10,000 and d at least 2 away from n/2 the error of ln was
+# below 2e-5 in float64, shares below exp(-100) of the largest left aside. For d nearer to n/2, and n of 10 to 1,000, it
+# was up to 5e-3, but only at angles within a thousandth of the antipode.
 CELLS = 4096
 # A power of what is left of the angle, from which on nothing near the edge weighs anything.
 LOW_POWER = 16.0
@@ -136,6 +137,23 @@ class TransformerAttention(Attention):
     def __init__(self) -> None:
         super().__init__(1.0)
 
+    @classmethod
+    def fitted(
+        cls,
+        n: int,
+        d: int,
+        *,
+        space: str = "binary",
+        estimator: str = "ols",
+        learned: bool = False,
+        **options: Any,
+    ) -> Attention:
+        """Raises TypeError: there is nothing to fit."""
+        raise TypeError(
+            f"TransformerAttention has beta = 1/sqrt(n) and no fit; use Attention.fitted({n!r}, {d!r}) for that of a "
+            "radius"
+        )
+
     def at(self, n: int) -> float:
         """1/sqrt(n)."""
         return 1 / math.sqrt(n)
@@ -163,7 +181,7 @@ class _Counted(ReadWeights):
     def draw(self, patterns: int) -> Tensor | None:
         if self.neurons is None:
             return None
-        return torch.from_numpy(stream(self.seed).random_sample(patterns))
+        return torch.from_numpy(stream(self.seed, COUNT_DRAWS).random_sample(patterns))
 
     def _counts(self, log_share: Tensor, draws: Tensor) -> Tensor:
         """ln of the number of neurons, drawn; -inf where it is 0."""
