@@ -183,12 +183,12 @@ class Retrieval(nn.Module):
     def forward(self, z: Tensor, x: RetrievalContext) -> Tensor:
         """One step: (*batch, d) -> (*batch, d)."""
         weights, kept = self._weigh(z, x)
-        return self._image(z, _times(weights, kept) if self.mask_in_loop else weights, x)
+        return self._image(z, times(weights, kept) if self.mask_in_loop else weights, x)
 
     def step(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor]:
         """f(z, x) and `weights(z, x)`, (*batch, d) and (*batch, N), in one pass."""
         weights, kept = self._weigh(z, x)
-        held = _times(weights, kept)
+        held = times(weights, kept)
         return self._image(z, held if self.mask_in_loop else weights, x), self._association(z, held)
 
     def evaluate(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
@@ -199,7 +199,7 @@ class Retrieval(nn.Module):
         """
         value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
         weights, lagrangian = self.separation.weights_then_lagrangian(value, x.mask)
-        held = _times(weights, kept)
+        held = times(weights, kept)
         piece = None
         if self._compact:
             piece = _active(held).reshape(z.shape[:-1])
@@ -231,7 +231,7 @@ class Retrieval(nn.Module):
         (*batch, d) -> (*batch, N): w = D' * p(D(s)); with euclidean scores w / sum w, 0 where that sum is, so
         that the read-out of the patterns is f(z) without the injected query.
         """
-        return self._association(z, _times(*self._weigh(z, x)))
+        return self._association(z, times(*self._weigh(z, x)))
 
     def select(self, x: RetrievalContext, live: Tensor) -> tuple[RetrievalContext, Tensor]:
         """The context of the live queries, and their rows.
@@ -330,7 +330,7 @@ def combine(weights: Tensor, values: Tensor) -> Tensor:
     if values.ndim == 2:
         return weights @ values
     groups, count, width = values.shape
-    return (weights.reshape(groups, -1, count) @ values).reshape(-1, width)
+    return (_by_group(weights, groups) @ values).reshape(-1, width)
 
 
 def _products(flat: Tensor, patterns: Tensor) -> Tensor:
@@ -338,7 +338,7 @@ def _products(flat: Tensor, patterns: Tensor) -> Tensor:
     if patterns.ndim == 2:
         return flat @ patterns.T
     groups, count, width = patterns.shape
-    return (flat.reshape(groups, -1, width) @ patterns.transpose(1, 2)).reshape(-1, count)
+    return (_by_group(flat, groups) @ patterns.transpose(1, 2)).reshape(-1, count)
 
 
 def _less_products(constants: Tensor, flat: Tensor, patterns: Tensor) -> Tensor:
@@ -346,8 +346,13 @@ def _less_products(constants: Tensor, flat: Tensor, patterns: Tensor) -> Tensor:
     if patterns.ndim == 2:
         return torch.addmm(constants, flat, patterns.T, alpha=-1)
     groups, count, width = patterns.shape
-    rows = flat.reshape(groups, -1, width)
+    rows = _by_group(flat, groups)
     return torch.baddbmm(constants[:, None], rows, patterns.transpose(1, 2), alpha=-1).reshape(-1, count)
+
+
+def _by_group(flat: Tensor, groups: int) -> Tensor:
+    """(G L, n) -> (G, L, n), also where there is no group."""
+    return flat.reshape(groups, len(flat) // max(groups, 1), flat.shape[-1])
 
 
 def _half_squares(patterns: Tensor) -> Tensor:
@@ -368,10 +373,13 @@ def _asked(separation: Separation) -> str:
 
 def _active(held: Tensor) -> Tensor:
     """A number for the set of patterns of weight > 0: (B, N) -> (B,)."""
-    # The sum of one fixed number a pattern, without simple relations, so that different sets differ.
-    places = torch.arange(1, held.shape[-1] + 1, dtype=torch.float64, device=held.device)
-    codes = (1e4 * places.sin()).frac().abs().to(held.dtype)
-    return (held > 0).to(held.dtype) @ codes
+    return (held > 0).to(held.dtype) @ irregular(held)
+
+
+def irregular(like: Tensor) -> Tensor:
+    """Fixed numbers without simple relations, (N,) for (..., N), so that different sets of them have different sums."""
+    places = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
+    return (1e4 * places.sin()).frac().abs().to(like.dtype)
 
 
 def _piece(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
@@ -379,5 +387,6 @@ def _piece(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
     return torch.where(held.sum(-1) > (1 - NEGLIGIBLE) * weights.sum(-1), -1.0, kept.sum(-1))
 
 
-def _times(weights: Tensor, kept: Tensor | None) -> Tensor:
+def times(weights: Tensor, kept: Tensor | None) -> Tensor:
+    """The weights of what is kept; None: everything."""
     return weights if kept is None else weights * kept

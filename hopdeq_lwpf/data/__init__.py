@@ -1,5 +1,6 @@
-"""Data: the tasks (bit patterns, latch, image bags, repertoires, multiple-instance sets), the handwritten digits,
-seeded corruption, and files of arrays and images. The data modules import lightning when first used.
+"""Data: the tasks (bit patterns, latch, image bags, repertoires, multiple-instance sets), patterns on curves, the
+handwritten digits, seeded corruption, and files of arrays and images. The data modules import lightning when first
+used.
 """
 
 import importlib
@@ -16,6 +17,9 @@ from hopdeq_lwpf.data.bit_pattern import BitPatternOptions as BitPatternOptions
 from hopdeq_lwpf.data.bit_pattern import BitPatternSet as BitPatternSet
 from hopdeq_lwpf.data.corruption import CORRUPTIONS as CORRUPTIONS
 from hopdeq_lwpf.data.corruption import corrupt as corrupt
+from hopdeq_lwpf.data.curves import CURVES as CURVES
+from hopdeq_lwpf.data.curves import CurveSet as CurveSet
+from hopdeq_lwpf.data.curves import make_curve as make_curve
 from hopdeq_lwpf.data.digits import load_digits as load_digits
 from hopdeq_lwpf.data.errors import DataError as DataError
 from hopdeq_lwpf.data.files import read_array as read_array

@@ -10,6 +10,7 @@ from torch import nn
 from hopdeq_lwpf import solvers
 from hopdeq_lwpf.forgetting import UNITS, Forgetting
 from hopdeq_lwpf.models.conversion import convert_attention
+from hopdeq_lwpf.models.diffusion import DiffusionHopfield, DiffusionLayer, DiffusionPooling
 from hopdeq_lwpf.models.ham import CHN, HAM
 from hopdeq_lwpf.models.hopfield import Hopfield
 from hopdeq_lwpf.models.learned_patterns import HopfieldLayer, HopfieldPooling
@@ -26,6 +27,9 @@ __all__ = [
     "CHN",
     "HAM",
     "SDM",
+    "DiffusionHopfield",
+    "DiffusionLayer",
+    "DiffusionPooling",
     "Hopfield",
     "HopfieldDecoderLayer",
     "HopfieldEncoderLayer",
@@ -49,6 +53,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "repertoire": RepertoireClassifier,
     "ham": HAM,
     "chn": CHN,
+    "diffusion": DiffusionHopfield,
+    "diffusion_pooling": DiffusionPooling,
+    "diffusion_lookup": DiffusionLayer,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext
 from hopdeq_lwpf.solvers.solve import judge_step
 from hopdeq_lwpf.solvers.termination import Termination
 
+if TYPE_CHECKING:
+    from hopdeq_lwpf.graphs import Laplacian
+
 
 class Heads(NamedTuple):
     """What is associated. B: batch, H: heads, L: state patterns, S: stored patterns."""
@@ -26,6 +29,7 @@ class Heads(NamedTuple):
     v: Tensor  # (B, H, S, dv): what is read out
     mask: Tensor | None = None  # bool, broadcastable to (B, H, L, S); True = ignore
     bias: Tensor | None = None  # added to the scores, broadcastable likewise
+    graph: Laplacian | None = None  # of the states, (B, H) or broadcastable; of models that diffuse them
 
 
 class Association(Retrieval):
@@ -50,10 +54,10 @@ class Association(Retrieval):
 
     def lay_out(self, heads: Heads, threshold: Tensor | None = None) -> RetrievalContext:
         """The context of these heads with a threshold that was drawn before, or none yet."""
-        if not heads.k.shape[2]:
+        if not heads.k.shape[-2]:
             heads = _nothing(heads)
         q, k = heads.q, heads.k
-        shape = (*q.shape[:-1], k.shape[2])
+        shape = (*q.shape[:-1], k.shape[-2])
         injected = pull = None
         if self.inject == "input":
             pull = lay("inject_weight", _by_head(self.inject_weight), q)
@@ -140,7 +144,7 @@ def _nothing(heads: Heads) -> Heads:
     """Where nothing is stored: one pattern of zeros, masked, since no product can be laid out without one."""
     k, v = (functional.pad(part, (0, 0, 0, 1)) for part in (heads.k, heads.v))
     mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=k.device)
-    return Heads(heads.q, k, v, mask)
+    return heads._replace(k=k, v=v, mask=mask, bias=None)
 
 
 def _note(rows: Tensor) -> str:
@@ -160,7 +164,7 @@ def lay_masks(
     masks: list[Tensor] = []
     biases: list[Tensor] = []
     if padding is not None:
-        given = _as_mask("stored_pattern_padding_mask", padding, device)
+        given = as_mask("stored_pattern_padding_mask", padding, device)
         if tuple(given.shape) != (batch, stored):
             raise ValueError(
                 f"stored_pattern_padding_mask must have shape (B, S) = {(batch, stored)}, one entry a stored "
@@ -168,14 +172,15 @@ def lay_masks(
             )
         _sort(given[:, None, None, :], masks, biases)
     if association is not None:
-        given = _as_mask("association_mask", association, device)
+        given = as_mask("association_mask", association, device)
         _sort(_place(given, batch, heads, states, stored), masks, biases)
     mask = None if not masks else masks[0] if len(masks) == 1 else masks[0] | masks[1]
     bias = None if not biases else biases[0] if len(biases) == 1 else biases[0] + biases[1]
     return mask, bias
 
 
-def _as_mask(name: str, given: Any, device: torch.device) -> Tensor:
+def as_mask(name: str, given: Any, device: torch.device) -> Tensor:
+    """A bool mask (True = ignore), or floats that are added to the scores; uint8 is read as bool."""
     mask = given if isinstance(given, Tensor) else torch.as_tensor(given, device=device)
     if mask.dtype == torch.uint8:
         mask = mask.bool()

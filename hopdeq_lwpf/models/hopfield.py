@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils import _pytree as pytree
 
 from hopdeq_lwpf._types import Solution, check_same_kind, unknown
 from hopdeq_lwpf.forgetting import Keep
@@ -28,6 +29,8 @@ from hopdeq_lwpf.solvers.solve import check_steps
 
 # As the published layers are initialised: scores near 0, so that every pattern takes part at first.
 INITIAL_STD = 0.02
+# Stored patterns, state patterns and pattern projections, batch first, (B, N, width) each.
+Parts: TypeAlias = tuple[Tensor, Tensor, Tensor]
 ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "silu", "selu", "elu", "leaky_relu", "softplus")
 
 
@@ -41,27 +44,29 @@ class Hopfield(HopfieldModule):
     Options: see `HopfieldOptions`. `steps` may be changed at any time.
     """
 
+    options: HopfieldOptions
+    takes_options: type[HopfieldOptions] = HopfieldOptions
+
     @takes(HopfieldOptions)
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__()
-        self.options = given = make_options(HopfieldOptions, arguments, options)
+        self.options = given = make_options(self.takes_options, arguments, options)
         self.steps = given.steps
-        f = Association(
-            given.inverse_temperature(),
-            separation=given.separation,
-            forgetting=given.forgetting,
-            mask_in_loop=given.mask_in_loop,
-            inject=given.injection(learned_state=False),
-            inject_weight=given.inject_weight,
-        )
         self.equilibrium = Equilibrium(
-            f, solver=given.solver, stop=given.stop, adjoint=given.adjoint, on_failure=given.on_failure
+            self._function(given),
+            solver=given.solver,
+            stop=given.stop,
+            adjoint=given.adjoint,
+            on_failure=given.on_failure,
         )
         self.activation = make_activation("association_activation", given.association_activation)
         self._build_norms(given)
         self._build_projections(given)
         self.last_association: Associated | None = None
         self.reset_parameters()
+
+    def _function(self, given: HopfieldOptions) -> Association:
+        return Association(given.inverse_temperature(), **given.dials())
 
     def _build_norms(self, given: HopfieldOptions) -> None:
         def norm(name: str, width: int | None) -> nn.LayerNorm | None:
@@ -134,7 +139,11 @@ class Hopfield(HopfieldModule):
             bool or uint8, True = ignore; float is added to the scores. A state whose stored patterns are all
             masked, or none, recalls 0: said once in a warning, and in the note of `last_solution`.
         """
-        heads = self._project(input, stored_pattern_padding_mask, association_mask)
+        parts = self._unpack(input)
+        return self._respond(self._project(parts, stored_pattern_padding_mask, association_mask))
+
+    def _respond(self, heads: Heads) -> Tensor:
+        """The output for these heads."""
         weights = self._associate(heads)
         if self.options.dropout:
             weights = functional.dropout(weights, self.options.dropout, self.training)
@@ -156,7 +165,9 @@ class Hopfield(HopfieldModule):
 
         S counts the bias pattern and the zero association too. Arguments as in `forward`.
         """
-        return self._associate(self._project(input, stored_pattern_padding_mask, association_mask))
+        return self._associate(
+            self._project(self._unpack(input), stored_pattern_padding_mask, association_mask)
+        )
 
     @torch.no_grad()
     def get_projected_pattern_matrix(
@@ -166,14 +177,12 @@ class Hopfield(HopfieldModule):
         association_mask: Tensor | None = None,
     ) -> Tensor:
         """The values for this input, (B, H, S, dv), without gradient. Arguments as in `forward`."""
-        return self._project(input, stored_pattern_padding_mask, association_mask).v
+        return self._project(self._unpack(input), stored_pattern_padding_mask, association_mask).v
 
-    def _project(
-        self, input: Tensor | Sequence[Tensor], padding: Tensor | None, association: Tensor | None
-    ) -> Heads:
-        """The heads of this input, checked, with the masks laid out and the extra patterns appended."""
+    def _project(self, parts: Parts, padding: Tensor | None, association: Tensor | None) -> Heads:
+        """The heads of what `_unpack` returned, with the masks laid out and the extra patterns appended."""
         given = self.options
-        stored, state, projection = self._unpack(input)
+        stored, state, projection = parts
         counts = {tensor.shape[0] for tensor in (stored, state, projection)} - {1}
         if len(counts) > 1 or stored.shape[1] != projection.shape[1]:
             raise ValueError(
@@ -196,7 +205,7 @@ class Hopfield(HopfieldModule):
             bias = None if bias is None else functional.pad(bias, (0, extra))
         return Heads(q, k, v, mask, bias)
 
-    def _unpack(self, input: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _unpack(self, input: Tensor | Sequence[Tensor]) -> Parts:
         """Stored patterns, state patterns, pattern projections, (B, N, width) each, through their norms."""
         given = self.options
         if isinstance(input, Tensor):
@@ -280,7 +289,7 @@ class Hopfield(HopfieldModule):
     def _record(self, heads: Heads, threshold: Tensor | None, z: Tensor, solved: Solution | None) -> None:
         if torch.compiler.is_compiling() or transformed():
             return
-        held, drawn = Heads(*map(_detached, heads)), _detached(threshold)
+        held, drawn = pytree.tree_map(_detached, heads), _detached(threshold)
         stop = self.equilibrium.stop
         self.last_association = Associated(self.f, held, drawn, z.detach(), self.steps, stop, solved)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class HopfieldOptions:
         each head. add_zero_association: one more of zeros. disable_out_projection: return the heads side by
         side, num_heads * pattern_size wide.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = ELSEWHERE
 
     input_size: int | None = None
     hidden_size: int | None = None
@@ -221,6 +223,16 @@ class HopfieldOptions:
         start = beta.detach() if isinstance(beta, Tensor) else torch.tensor(float(beta))  # type: ignore[arg-type]
         return nn.Parameter(start.expand(self.num_heads).clone())
 
+    def dials(self) -> dict[str, Any]:
+        """What the fixed-point function of the states is made with, beside beta."""
+        return {
+            "separation": self.separation,
+            "forgetting": self.forgetting,
+            "mask_in_loop": self.mask_in_loop,
+            "inject": self.injection(learned_state=False),
+            "inject_weight": self.inject_weight,
+        }
+
     def injection(self, learned_state: bool) -> str:
         """Where the query enters."""
         if self.inject is not None:
@@ -259,9 +271,9 @@ def make_options(kind: type[Options], arguments: tuple[Any, ...], options: dict[
     """The options object for what a layer was called with; a name that is not known is an error that helps."""
     names = [field.name for field in dataclasses.fields(kind)]
     for name in options:
-        if name in ELSEWHERE:
+        if name in kind.elsewhere:
             raise ValueError(
-                f"option {name!r} is called {ELSEWHERE[name]} here; from_hflayers(...) translates"
+                f"option {name!r} is called {kind.elsewhere[name]} here; from_hflayers(...) translates hflayers' names"
             )
         if name not in names:
             raise unknown("option", name, names)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from hopdeq_lwpf.models.hopfield import INITIAL_STD, Hopfield
 from hopdeq_lwpf.models.hopfield_module import HopfieldModule
 from hopdeq_lwpf.models.layer_options import (
-    HopfieldOptions,
     LookupOptions,
     PoolingOptions,
     make_options,
@@ -24,14 +23,16 @@ from hopdeq_lwpf.solvers.solve import check_steps
 class _Wrapper(HopfieldModule):
     """A layer that brings learned patterns to a `Hopfield`."""
 
+    core: type[Hopfield] = Hopfield  # of which layer
+    takes_options: type[PoolingOptions] = PoolingOptions
     hopfield: Hopfield
 
     def _core(self) -> Hopfield:
         return self.hopfield
 
     def _inner(self, options: PoolingOptions, **changes: Any) -> Hopfield:
-        fields = dataclasses.fields(HopfieldOptions)
-        return Hopfield(**{**{field.name: getattr(options, field.name) for field in fields}, **changes})
+        fields = dataclasses.fields(self.core.takes_options)
+        return self.core(**{**{field.name: getattr(options, field.name) for field in fields}, **changes})
 
     def _parts(self, input: Any) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
@@ -83,7 +84,7 @@ class HopfieldPooling(_Wrapper):
     @takes(PoolingOptions)
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__()
-        given = make_options(PoolingOptions, arguments, options)
+        given = make_options(self.takes_options, arguments, options)
         self.hopfield = self._inner(given, inject=given.injection(learned_state=True))
         if given.state_width is None:
             raise ValueError("the width of the learned states is not known: give input_size or hidden_size")
@@ -130,10 +131,13 @@ class HopfieldLayer(_Wrapper):
     N(0, 0.02) at first; copy training data into them for lookup by example.
     """
 
+    takes_options: type[PoolingOptions] = LookupOptions
+
     @takes(LookupOptions)
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__()
-        given = make_options(LookupOptions, arguments, options)
+        given = make_options(self.takes_options, arguments, options)
+        assert isinstance(given, LookupOptions)
         changes = {}
         if not given.lookup_weights_as_separated and given.pattern_projection_size is None:
             changes["pattern_projection_size"] = given.stored_width

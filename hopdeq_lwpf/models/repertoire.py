@@ -275,7 +275,7 @@ class RepertoireClassifier(nn.Module):
         if not len(embeddings):
             return embeddings.sum(1)
         parts = self.hopfield._parts((self.attention(embeddings)[None], embeddings[None]))
-        heads = core._project(parts, self._padding(bag), None)
+        heads = core._project(core._unpack(parts), self._padding(bag), None)
         x = core.f.lay_out(heads)
         return core.f._scores(x.start, x)[:, : len(embeddings)].amax(0)
 

@@ -15,6 +15,7 @@ from hopdeq_lwpf.plots.common import (
     unit_colour,
 )
 from hopdeq_lwpf.plots.convergence import not_converged_figure, residual_heatmap
+from hopdeq_lwpf.plots.diffusion import curve_figure, error_figure
 from hopdeq_lwpf.plots.recall import (
     beta_figure,
     energy_figure,
@@ -39,8 +40,10 @@ __all__ = [
     "beta_figure",
     "beta_radius_figure",
     "critical_distance_figure",
+    "curve_figure",
     "effective_beta_figure",
     "energy_figure",
+    "error_figure",
     "intersection_figure",
     "not_converged_figure",
     "picture_grid",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hopdeq_lwpf._types import unknown
+from hopdeq_lwpf.imports import class_at
 from hopdeq_lwpf.models import HopfieldLayer, HopfieldPooling, VisionTransformer, build
 from hopdeq_lwpf.options import construct
 from hopdeq_lwpf.solvers import Equilibrium, Termination
@@ -133,7 +134,7 @@ class PictureClassifier(nn.Module):
         return self.vision(data.unflatten(1, self.vision.image_shape) if data.ndim == 2 else data)
 
 
-LAYERS = ("hopfield", "pooling", "lookup")
+LAYERS = ("hopfield", "pooling", "lookup", "diffusion", "diffusion_pooling", "diffusion_lookup")
 MODELS = ("repertoire", "vision_transformer", "ham", "chn")  # of `models.build`, logits and all
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"equilibrium": EquilibriumClassifier}
 
@@ -141,15 +142,16 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {"equilibrium": EquilibriumClass
 def build_network(settings: Mapping[str, Any]) -> nn.Module:
     """A network from {"model": name, **options}.
 
-    "equilibrium": the options of `EquilibriumClassifier`. "hopfield", "pooling", "lookup": those of
-    `BagClassifier` and of its layer (`hopdeq_lwpf.models.build`), with rtol and max_steps for its `stop`.
+    "equilibrium": the options of `EquilibriumClassifier`. "hopfield", "pooling", "lookup" and the same three with
+    diffusion, "diffusion", "diffusion_pooling", "diffusion_lookup": those of `BagClassifier` and of its layer
+    (`hopdeq_lwpf.models.build`), with rtol and max_steps for its `stop`.
     "repertoire", "vision_transformer", "ham", "chn": those of `RepertoireClassifier`, `VisionTransformer`, `HAM` and
     `CHN`, likewise; the states of the output layer of the last two are the logits.
     An unknown name or option is a ValueError with the nearest.
     """
     name = settings.get("model")
     if name not in (*LAYERS, *MODELS):
-        if name not in NETWORKS:
+        if name not in NETWORKS and class_at("model", name) is None:
             raise unknown("model", name, (*NETWORKS, *LAYERS, *MODELS))
         network: nn.Module = construct("model", settings, NETWORKS)
         return network
