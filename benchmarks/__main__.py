@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks import (
     basins,
     bit_patterns,
+    diffusion,
     forward,
     gradients,
     ham,
@@ -43,6 +44,7 @@ PARTS: dict[str, Callable[[], list[dict[str, object]]]] = {
 STUDIES: dict[str, Callable[[], list[dict[str, object]]]] = {
     "warm": warm.run,
     "bit_patterns": bit_patterns.run,
+    "diffusion": diffusion.run,
     "latch": latch.run,
     "layers": layers.run,
     "repertoires": repertoires.run,

@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.notebooks import ADAPTED, Task, accuracies, instances, split
 from hopdeq_lwpf.data import BitPatternSet
 from hopdeq_lwpf.forgetting import PFU
-from hopdeq_lwpf.models import Hopfield, HopfieldLayer, HopfieldPooling
+from hopdeq_lwpf.models import DiffusionHopfield, Hopfield, HopfieldLayer, HopfieldPooling
 
 EPOCHS, LAST = 250, 10
 SEEDS, MORE = (42, 43, 44), (45, 46, 47, 48, 49)
@@ -24,7 +24,7 @@ BITS, BAG = 8, 16
 class Run:
     """One training."""
 
-    layer: str  # "Hopfield", "Pooling" or "Lookup"
+    layer: str  # "Hopfield", "Diffusion", "Pooling" or "Lookup"
     steps: int | None
     forgetting: str | None
     seed: int
@@ -37,6 +37,8 @@ class Run:
             return nn.Sequential(HopfieldPooling(**ADAPTED, **options), nn.Linear(BITS, 1), nn.Flatten(0))
         if self.layer == "Hopfield":
             layer: nn.Module = Hopfield(**ADAPTED, **options)
+        elif self.layer == "Diffusion":  # of stored patterns and states alike
+            layer = DiffusionHopfield(**ADAPTED, **options, eta=0.1, lam=0.1)
         else:
             layer = _lookup(task, options)
         return nn.Sequential(layer, nn.Flatten(), nn.Linear(BITS * BAG, 1), nn.Flatten(0))
@@ -63,6 +65,8 @@ RUNS = [
         ("Hopfield", 1, None, SEEDS),
         ("Hopfield", 1, "relu", SEEDS),
         ("Hopfield", 1, "pfu", SEEDS),
+        ("Diffusion", 4, None, SEEDS),
+        ("Diffusion", 1, None, SEEDS),
         ("Pooling", 4, None, SEEDS),
         ("Pooling", 1, None, SEEDS),
         # These scatter by some .05 to .1 between seeds.

@@ -6,37 +6,33 @@ Nothing heavy is imported before a command runs, so that help and mistakes are a
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf.arguments import together
+from hopdeq_lwpf.arguments import assigned, assigned_keys, documents_of, flagged, together
+from hopdeq_lwpf.complaints import explained, located, nearest
+from hopdeq_lwpf.documents import Document
+from hopdeq_lwpf.imports import FLAG, allow
+from hopdeq_lwpf.sweeps.listing import ListSpec, listing
+from hopdeq_lwpf.sweeps.reports.spec import ReportSpec
 from hopdeq_lwpf.sweeps.spec import CompareSpec, RetrieveSpec, SpecError
 from hopdeq_lwpf.sweeps.study_arguments import with_tasks
 from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, TASKS, StudySpec
-from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
+from hopdeq_lwpf.sweeps.sweep_spec import Cell, SweepSpec
 from hopdeq_lwpf.training.spec import TrainSpec
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rich.console import Console
-
-    from hopdeq_lwpf.sweeps.summary import Grid
 
 PROGRAM = "hopdeq-lwpf"
 MARK = "grid"  # the key that settings of a sweep have and those of a comparison have not
 USAGE_ERROR, INTERRUPTED = 2, 130  # what shells and other tools use for these
 LINES = 48  # of a table of a sweep that are shown
-LOG_WIDTH = 200  # columns where there is no terminal that would say
+DRY_RUN, LIVE = "dry-run", "live"
+IMPORT = {FLAG: "settings may name classes of your own, package.module:Class, and so are code; else refused"}
 
 
 class _UsageError(Exception):
@@ -52,61 +48,91 @@ class _Parser(ArgumentParser):
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its settings class, what it does, and the work."""
+    """A subcommand: its settings class, what it does, and the work.
+
+    work: takes the settings and the names of the flags that were given.
+    """
 
     settings: type
     help: str
-    work: Callable[[Any], None]
+    work: Callable[[Any, frozenset[str]], None]
     presets: tuple[str, str] | None = None  # (kind, prefix): the files KIND/PREFIX*.yaml may be named first
     marked: bool | None = None  # of those, only the ones with (without) the key that marks a sweep
     tasks: bool = False  # --task chooses between this and a study
+    first: str | None = None  # the setting that a first word without dashes is
+    flags: Mapping[str, str] = field(default_factory=dict)  # --NAME and its help: no settings, and in no file
 
 
-def _compare(spec: CompareSpec) -> None:
+def _compare(spec: CompareSpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import console, show_all
     from hopdeq_lwpf.sweeps.compare import run
-    from hopdeq_lwpf.sweeps.summary import findings, summaries
+    from hopdeq_lwpf.sweeps.reports.summary import findings, summaries
 
-    comparison, paths = run(spec, _console(stderr=True))
-    _show_all(summaries(comparison), findings(comparison), paths)
+    comparison, paths = run(spec, console(stderr=True))
+    show_all(summaries(comparison), findings(comparison), paths)
 
 
-def _study(spec: StudySpec) -> None:
+def _study(spec: StudySpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import console, show_all
+    from hopdeq_lwpf.sweeps.reports.study_results import findings, summaries
     from hopdeq_lwpf.sweeps.study import run
-    from hopdeq_lwpf.sweeps.study_results import findings, summaries
 
-    study, paths = run(spec, _console(stderr=True))
-    _show_all(summaries(study), findings(study), paths)
+    study, paths = run(spec, console(stderr=True))
+    show_all(summaries(study), findings(study), paths)
 
 
-def _sweep(spec: SweepSpec) -> None:
+def _sweep(spec: SweepSpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import console, show_all
+
+    if DRY_RUN in flags:
+        from hopdeq_lwpf.sweeps.estimate import plan
+
+        show_all(*plan(spec, LINES))
+        return
+    from hopdeq_lwpf.sweeps.reports.sweep_results import findings, summaries
     from hopdeq_lwpf.sweeps.sweep import run
-    from hopdeq_lwpf.sweeps.sweep_results import findings, summaries
 
-    sweep, paths = run(spec, _console(stderr=True))
-    _show_all(summaries(sweep, LINES), findings(sweep), paths)
+    sweep, paths = run(spec, console(stderr=True))
+    show_all(summaries(sweep, LINES), findings(sweep), paths)
 
 
-def _retrieve(spec: RetrieveSpec) -> None:
+def _report(spec: ReportSpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import show_all
+    from hopdeq_lwpf.sweeps.reports.folder import report, serve
+
+    if LIVE in flags:
+        serve(spec)
+        return
+    grids, sentences, paths = report(spec)
+    show_all(grids, sentences, paths)
+
+
+def _list(spec: ListSpec, flags: frozenset[str]) -> None:
+    parts = []
+    for title, entries in listing(spec.kind).items():
+        width = max(len(name) for name, _ in entries)
+        parts.append("\n".join([title, *(f"  {name:{width}}  {line}".rstrip() for name, line in entries)]))
+    sys.stdout.write("\n\n".join(parts) + "\n")
+
+
+def _retrieve(spec: RetrieveSpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import console, say, show
     from hopdeq_lwpf.sweeps.recall_files import recall_files
 
-    recalled = recall_files(spec, _console(stderr=True))
-    console = _console()
-    _show(recalled.grid(), console)
+    recalled = recall_files(spec, console(stderr=True))
+    show(recalled.grid())
     if recalled.failure is not None:
-        console.print(f"warning: {recalled.failure}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"written: {spec.out}", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {recalled.failure}")
+    say(f"written: {spec.out}")
 
 
-def _train(spec: TrainSpec) -> None:
+def _train(spec: TrainSpec, flags: frozenset[str]) -> None:
+    from hopdeq_lwpf.console import console, show_all
     from hopdeq_lwpf.training.run import is_first_process, train
 
-    trained = train(spec, console=_console(stderr=True))
-    if not is_first_process():
-        return
-    console = _console()
-    console.print("written:", highlight=False)
-    for path in trained.files.values():
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
+    trained = train(spec, console=console(stderr=True))
+    if is_first_process():
+        show_all((), (), trained.files.values())
 
 
 COMMANDS = {
@@ -117,6 +143,7 @@ COMMANDS = {
         presets=("sweeps", ""),
         marked=False,
         tasks=True,
+        flags=IMPORT,
     ),
     "retrieve": Command(RetrieveSpec, "recall stored patterns for the queries of a file", _retrieve),
     "train": Command(
@@ -124,6 +151,7 @@ COMMANDS = {
         "train a network with equilibrium layers; a killed run goes on exactly with --resume true",
         _train,
         presets=("models", "train_"),
+        flags=IMPORT,
     ),
     "sweep": Command(
         SweepSpec,
@@ -132,6 +160,17 @@ COMMANDS = {
         _sweep,
         presets=("sweeps", ""),
         marked=True,
+        flags={**IMPORT, DRY_RUN: "only say what would be run, what is finished and how long it may take"},
+    ),
+    "report": Command(
+        ReportSpec,
+        "the report of a sweep or study from the trials that its folder holds, finished or not; runs nothing",
+        _report,
+        first="study",
+        flags={LIVE: "serve optuna-dashboard instead, to this machine alone (extra dashboard)"},
+    ),
+    "list": Command(
+        ListSpec, "the names that settings may use: models, solvers, sweeps, tasks, ...", _list, first="kind"
     ),
 }
 # What `compare` does with a task that is trained.
@@ -142,6 +181,7 @@ STUDY = Command(
     _study,
     presets=("sweeps", ""),
     marked=False,
+    flags=IMPORT,
 )
 
 
@@ -152,22 +192,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands: Mapping[str, Command] = COMMANDS
+    documents: list[Document] = []
     try:
-        given = _with_preset(given)
+        given = _with_first(given)
+        documents = documents_of(given)
         if given and given[0] in COMMANDS and COMMANDS[given[0]].tasks:
             tasks, given = with_tasks(given)
             commands = {**COMMANDS, given[0]: STUDY} if tasks else COMMANDS
+        keys: list[str] = []
+        if given and given[0] == "sweep":
+            keys, given = assigned_keys(given), assigned(given)
+        given, flags = flagged(given, commands[given[0]].flags if given and given[0] in commands else ())
+        if FLAG in flags:
+            allow()
         given = together(given)
         chosen = _parser(commands).parse_args(given)
         command = commands[chosen.command]
         # as_dict, since a setting called "values" would meet the method of the same name.
         values = chosen[chosen.command].as_dict()
         del values["config"]
-        command.work(command.settings(**values))
+        spec = command.settings(**values)
+        if isinstance(spec, SweepSpec):
+            _check_assigned(spec, keys)
+        command.work(spec, flags)
     except _UsageError as error:
-        return _complain(_explain(str(error), given, commands))
-    except UnicodeDecodeError as error:
-        return _complain(f"a settings file is not UTF-8 text ({error.reason})")
+        return _complain(_explain(str(error), given, commands), documents, given)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -177,14 +226,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_mistake(error):
             raise
-        return _complain(str(error))
+        return _complain(str(error), documents if isinstance(error, SpecError) else (), given)
     return 0
 
 
-def _with_preset(given: list[str]) -> list[str]:
-    """The name or file of settings that may follow the command, as --config with that file."""
+def _check_assigned(spec: SweepSpec, keys: Sequence[str]) -> None:
+    """SpecError for a --set that no cell of the sweep takes, since grid and rules are said later, and win."""
+    for key in keys:
+        free = [cell for cell in spec.cells() if key not in _own_settings(spec, cell)]
+        if not free:
+            raise SpecError(
+                f"--set {key}: every cell sets {key!r} itself, so that this would change nothing; choose levels with "
+                "--only, or change the grid"
+            )
+
+
+def _own_settings(spec: SweepSpec, cell: Cell) -> set[str]:
+    """The settings that the grid and the rules change in a cell."""
+    own = {
+        name
+        for f, levels in spec.factors().items()
+        for x in levels
+        if x.name == cell.level(f)
+        for name, _ in x.changes
+    }
+    return own | {name for rule in spec.rules if cell.matches(rule["where"]) for name in rule["set"]}
+
+
+def _with_first(given: list[str]) -> list[str]:
+    """What may follow the command without an option: the name or file of settings as --config, else its setting."""
     command = COMMANDS.get(given[0]) if given else None
-    if command is None or command.presets is None or len(given) < 2 or given[1].startswith("-"):
+    if command is None or len(given) < 2 or given[1].startswith("-"):
+        return given
+    if command.first is not None:
+        return [given[0], f"--{command.first}", *given[1:]]
+    if command.presets is None:
         return given
     name, (kind, prefix) = given[1], command.presets
     if name.endswith((".yaml", ".yml")) or os.sep in name:
@@ -192,15 +268,9 @@ def _with_preset(given: list[str]) -> list[str]:
     known = _named(command)
     for candidate in (name, f"{prefix}{name}"):
         if candidate in known:
-            # --config takes the text of a YAML file as well as its name.
-            return [
-                given[0],
-                "--config",
-                yaml.safe_dump(settings.find(kind, candidate), sort_keys=False),
-                *given[2:],
-            ]
+            return [given[0], "--config", str(settings.path_of(kind, candidate)), *given[2:]]
     short = [entry.removeprefix(prefix) for entry in known]
-    near = _nearest(name.removeprefix(prefix), short)
+    near = nearest(name.removeprefix(prefix), short)
     raise _UsageError(
         f"settings {name!r} are not one of {', '.join(short)}"
         + (f"; did you mean {near!r}?" if near else ", nor the name of a .yaml file")
@@ -226,8 +296,9 @@ def _is_mistake(error: Exception) -> bool:
     return isinstance(error, DataError)
 
 
-def _complain(message: str) -> int:
-    sys.stderr.write(f"{PROGRAM}: error: {' '.join(message.split())}\n")
+def _complain(message: str, documents: Sequence[Document], given: Sequence[str]) -> int:
+    line = " ".join(located(message, documents, given).split())
+    sys.stderr.write(f"{PROGRAM}: error: {line}\n")
     return USAGE_ERROR
 
 
@@ -267,6 +338,8 @@ def _subparser(command: Command) -> ArgumentParser:
             help=entry.metadata["help"],
             nargs="*" if several else None,
         )
+    for name, text in command.flags.items():
+        parser.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
     if command.tasks:
         trained = ", ".join(TASKS)
         parser.add_argument(
@@ -280,6 +353,8 @@ def _subparser(command: Command) -> ArgumentParser:
 
 
 def _description(command: Command) -> str:
+    if command.first is not None:
+        return f"{command.help}. --{command.first} may be left out before its value if that comes first."
     if command.presets is None:
         return command.help
     short = ", ".join(entry.removeprefix(command.presets[1]) for entry in _named(command))
@@ -287,37 +362,11 @@ def _description(command: Command) -> str:
 
 
 def _explain(message: str, given: Sequence[str], commands: Mapping[str, Command]) -> str:
-    """The parser's objection in one line, with the nearest name that would have been right."""
     name = next((word for word in given if word in commands), None)
     command = commands[name] if name else None
     options = [entry.name for entry in fields(command.settings)] + ["config"] if command else []
-    options += ["task"] if command and command.tasks else []
-    others = _others(command)
-    found = re.search(r"unrecognized arguments: (.*)", message)
-    if found:
-        wrong = found[1].split()[0]
-        plain = wrong.lstrip("-").split("=")[0].split(".")[0].replace("-", "_")
-        near = _nearest(plain, [*options, "print_config", "help"])
-        if plain in others:
-            return f"{wrong!r} {others[plain]}" + (f"; or did you mean '--{near}'?" if near else "")
-        return f"unknown option {wrong!r}" + (
-            f"; did you mean '--{near}'?" if near else f"; see {PROGRAM} --help"
-        )
-    found = re.search(r"does not accept option '([^']*)'", message)
-    if found:
-        if found[1] in others:
-            return f"{found[1]!r} {others[found[1]]}"
-        near = _nearest(found[1], options)
-        return f"unknown key {found[1]!r} in the settings" + (f"; did you mean {near!r}?" if near else "")
-    found = re.search(r"invalid choice: '([^']*)'", message)
-    if found or 'expected "command"' in message:
-        near = _nearest(found[1], COMMANDS) if found else None
-        hint = f"; did you mean {near!r}?" if near else f"; it must be one of {', '.join(COMMANDS)}"
-        return (f"unknown command {found[1]!r}" if found else "a command is missing") + hint
-    if "does not support item assignment" in message:
-        return "a setting that takes several values got one in the settings file: write it as a list, [VALUE]"
-    message = message.replace("Parser key ", "").replace("Problems parsing config: ", "settings file: ")
-    return re.sub(r"<class '(\w+)'>", r"\1", message)
+    options += [*command.flags, *(["task"] if command.tasks else [])] if command else []
+    return explained(message, COMMANDS, options, _others(command))
 
 
 def _others(command: Command | None) -> dict[str, str]:
@@ -334,42 +383,6 @@ def _others(command: Command | None) -> dict[str, str]:
         )
         names = {entry.name for entry in fields(StudySpec)} - {"task"}
     return {name: f"{said} --help" for name in names - own}
-
-
-def _nearest(name: str, allowed: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(name, list(allowed), n=1)
-    return near[0] if near else None
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=LOG_WIDTH)
-
-
-def _show_all(grids: Iterable[Grid], sentences: Iterable[str], paths: Iterable[Path]) -> None:
-    console = _console()
-    for grid in grids:
-        _show(grid, console)
-    for sentence in sentences:
-        console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print("\nwritten:", highlight=False)
-    for path in paths:
-        console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _show(grid: Grid, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=grid.title, title_justify="left", box=box.SIMPLE, show_header=any(grid.header))
-    for number, name in enumerate(grid.header):
-        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
-    for line in grid.lines:
-        table.add_row(*(Text(cell) for cell in line))
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hopdeq_lwpf.documents import read_document
 
 KINDS = ("models", "solvers", "sweeps")
 _PACKAGE = Path(__file__).resolve().parent
@@ -24,6 +24,11 @@ def names(kind: str) -> list[str]:
     return sorted(path.stem for path in _folder(kind).glob("*.yaml"))
 
 
+def path_of(kind: str, name: str) -> Path:
+    """Where the settings `kind`/`name`.yaml are; the file need not exist."""
+    return _folder(kind) / f"{name}.yaml"
+
+
 def find(kind: str, name: str) -> dict[str, Any]:
     """The settings `kind`/`name`.yaml as a dict; an unknown name is an error that names the nearest."""
     if name not in names(kind):
@@ -31,8 +36,4 @@ def find(kind: str, name: str) -> dict[str, Any]:
         from hopdeq_lwpf._types import unknown
 
         raise unknown(f"settings in {kind}/", name, names(kind))
-    path = _folder(kind) / f"{name}.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path.name} must hold a mapping of names to values, got {type(settings).__name__}")
-    return settings
+    return read_document(path_of(kind, name)).values

@@ -18,7 +18,7 @@ from hopdeq_lwpf import Termination, retrieve
 from hopdeq_lwpf.cli import COMMANDS, main
 from hopdeq_lwpf.data import Preprocessing, load_digits
 from hopdeq_lwpf.settings import find
-from hopdeq_lwpf.sweeps.progress import progress
+from hopdeq_lwpf.sweeps.engine.progress import progress
 from hopdeq_lwpf.sweeps.spec import CompareSpec
 from hopdeq_lwpf.sweeps.study_spec import TASKS, StudySpec
 
@@ -151,7 +151,10 @@ def test_a_mistake_is_one_line(arguments, message, capsys, tmp_path, monkeypatch
         (b"beta: [x]\n", "Expected a float. Got value: x"),
         (b"beta: [1\n", "parsing"),
         (b"\xff\xfe", "not UTF-8"),
-        (b"max_steps: !!python/object/apply:os.getpid []\n", "could not determine a constructor"),
+        (
+            b"max_steps: !!python/object/apply:os.getpid []\n",
+            "a.yaml:1: the tag !!python/object/apply:os.getpid",
+        ),
         (b"beta: [0]\n", "beta must be above 0"),
     ],
 )

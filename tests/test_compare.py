@@ -12,9 +12,9 @@ from hopdeq_lwpf import Termination, retrieve
 from hopdeq_lwpf.data import DataError, Preprocessing, load_digits
 from hopdeq_lwpf.sweeps.cells import nearest_pattern
 from hopdeq_lwpf.sweeps.compare import compare, run
+from hopdeq_lwpf.sweeps.reports.statistics import Bootstrap
+from hopdeq_lwpf.sweeps.reports.table import columns, read_table
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec, RetrieveSpec, SpecError
-from hopdeq_lwpf.sweeps.statistics import Bootstrap
-from hopdeq_lwpf.sweeps.table import columns, read_table
 from hopdeq_lwpf.sweeps.task import build_task
 
 SMALL = CompareSpec(

@@ -13,7 +13,7 @@ from hopdeq_lwpf.settings import KINDS, names
 from hopdeq_lwpf.sweeps.compare import run
 from hopdeq_lwpf.sweeps.spec import CompareSpec
 from hopdeq_lwpf.sweeps.study_spec import RETRIEVAL, StudySpec
-from hopdeq_lwpf.sweeps.study_trial import run_trial
+from hopdeq_lwpf.sweeps.trials.train_trial import run_trial
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,10 +12,10 @@ import yaml
 
 from hopdeq_lwpf.data import load_digits
 from hopdeq_lwpf.sweeps.compare import run
-from hopdeq_lwpf.sweeps.report import write_report
+from hopdeq_lwpf.sweeps.reports.compare_report import write_report
+from hopdeq_lwpf.sweeps.reports.summary import best_beta, findings, summaries
+from hopdeq_lwpf.sweeps.reports.table import COLUMNS
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec
-from hopdeq_lwpf.sweeps.summary import best_beta, findings, summaries
-from hopdeq_lwpf.sweeps.table import COLUMNS
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

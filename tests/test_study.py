@@ -21,12 +21,13 @@ import yaml
 from hopdeq_lwpf import find
 from hopdeq_lwpf.cli import main
 from hopdeq_lwpf.data import DataError
+from hopdeq_lwpf.sweeps.engine.jobs import Job
+from hopdeq_lwpf.sweeps.engine.records import TRIALS, add_record, measures, read_records, remove_checkpoints
+from hopdeq_lwpf.sweeps.engine.workers import LocalExecutor
+from hopdeq_lwpf.sweeps.reports.study_report import command
 from hopdeq_lwpf.sweeps.study import load, run_trials
-from hopdeq_lwpf.sweeps.study_records import TRIALS, add_record, measures, read_records
-from hopdeq_lwpf.sweeps.study_report import command
 from hopdeq_lwpf.sweeps.study_spec import TASKS, SpecError, StudySpec
-from hopdeq_lwpf.sweeps.study_trial import EpochClock, remove_checkpoints, run_trial, saved_bytes
-from hopdeq_lwpf.sweeps.study_workers import Job, run_jobs
+from hopdeq_lwpf.sweeps.trials.train_trial import EpochClock, run_trial, saved_bytes
 from hopdeq_lwpf.training import Learner, Learning, build_data, build_network, read_metrics, train
 
 TINY = {"num_bags": 64, "batch_size": 16}
@@ -131,11 +132,10 @@ def test_the_line_of_a_trial_runs_it_alone(finished, capsys):
 def test_what_is_finished_is_not_run_again_also_by_another_spec(finished, monkeypatch):
     spec, _, study = finished
 
-    def never(jobs, workers):
-        assert not list(jobs), "something was to be run"
-        yield from ()
+    def never(self, job):
+        raise AssertionError("something was to be run")
 
-    monkeypatch.setattr("hopdeq_lwpf.sweeps.engine.run_jobs", never)
+    monkeypatch.setattr("hopdeq_lwpf.sweeps.engine.workers.LocalExecutor.submit", never)
     part = replace(spec, forgetting=("relu",), last=2, confidence=0.9, workers=1)
     again = run_trials(part)
     assert again.missing() == 0
@@ -248,7 +248,11 @@ def test_a_worker_that_dies_fails_its_trial_alone(tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    answers = {job.key: answer for job, answer in run_jobs(jobs, 1)}
+    executor, answers = LocalExecutor(1), {}
+    for job in jobs:
+        executor.submit(job)
+        answers |= {job.key: answer for job, answer in executor.wait()}
+    executor.close()
     killer.join()
     assert answers["a"]["failure"]["error"] == "WorkerDied"
     assert "signal 9" in answers["a"]["failure"]["message"]
@@ -377,9 +381,15 @@ def test_the_study_is_written_and_shown(finished, capsys):
     shown = capsys.readouterr()
     assert "6 trials: 6 finished before, 0 to run" in shown.err
     assert "converged, implicit, input" in shown.out
-    names = {"results.csv", "table.md", "report.html"}
+    names = {"results.csv", "table.md", "table.tex", "report.html"}
     names |= {f"{name}-bit-pattern.{kind}" for name in ("score", "cost", "curves") for kind in ("png", "svg")}
-    assert {path.name for path in out.iterdir()} == names | {TRIALS, "trials", ".lock"}
+    assert {path.name for path in out.iterdir()} == names | {
+        TRIALS,
+        "trials",
+        ".lock",
+        "study.db",
+        "settings.yaml",
+    }
     for name in names:
         assert str(out / name) in shown.out
     with (out / "results.csv").open(newline="") as file:

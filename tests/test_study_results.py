@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hopdeq_lwpf.sweeps.statistics import t_interval, t_quantile
-from hopdeq_lwpf.sweeps.study_plots import curves_of, draw
-from hopdeq_lwpf.sweeps.study_records import curves, measures
-from hopdeq_lwpf.sweeps.study_report import markdown, write_results
-from hopdeq_lwpf.sweeps.study_results import Study, differences, epochs_name, findings, summaries
+from hopdeq_lwpf.sweeps.engine.records import curves, measures
+from hopdeq_lwpf.sweeps.reports.statistics import t_interval, t_quantile
+from hopdeq_lwpf.sweeps.reports.study_plots import curves_of, draw
+from hopdeq_lwpf.sweeps.reports.study_report import markdown, write_results
+from hopdeq_lwpf.sweeps.reports.study_results import Study, differences, epochs_name, findings, summaries
 from hopdeq_lwpf.sweeps.study_spec import TASKS, SpecError, StudySpec, StudyTask, preset
-from hopdeq_lwpf.sweeps.study_trial import run_trial
+from hopdeq_lwpf.sweeps.trials.train_trial import run_trial
 
 # --- Student's t
 
@@ -229,7 +229,7 @@ def test_nothing_run_yet_is_no_error(tmp_path):
     study = study_of(lambda *_: None, out=str(tmp_path / "out"))
     assert "No trial has a score yet." in findings(study)
     names = {path.name for path in write_results(study)}
-    assert names == {"results.csv", "table.md", "report.html"}
+    assert names == {"results.csv", "table.md", "table.tex", "report.html"}
 
 
 def test_chance_is_counted():
@@ -317,9 +317,10 @@ def test_the_report_loads_nothing_and_escapes_everything(written):
 
 def test_the_report_says_how_to_run_what_failed_again(written):
     page = unescape(written[1]["report.html"].read_text())
-    assert "1 trials failed" in page
+    assert "failed: 1; not run: 0" in page
     assert "hopdeq-lwpf train bit_pattern --model.forgetting" in page
-    assert "hopdeq-lwpf compare --config settings.yaml" in page
+    assert f"hopdeq-lwpf compare --config {written[0].spec.out}/settings.yaml" in page
+    assert f"hopdeq-lwpf report {written[0].spec.out}" in page
     assert "torch 2" in page
 
 

@@ -12,12 +12,12 @@ from hopdeq_lwpf.cli import main
 from hopdeq_lwpf.models.sdm import critical_distance, fit_beta, log_circle_intersection
 from hopdeq_lwpf.models.sdm.experiments import ALGORITHMS, GridSettings, run_grid
 from hopdeq_lwpf.settings import names
-from hopdeq_lwpf.sweeps import sdm_spec
-from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec, SpecError
-from hopdeq_lwpf.sweeps.sdm_trial import run_trial
-from hopdeq_lwpf.sweeps.study_records import TRIALS
+from hopdeq_lwpf.sweeps.engine.records import TRIALS
 from hopdeq_lwpf.sweeps.sweep import run_trials
 from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
+from hopdeq_lwpf.sweeps.trials import sdm_spec
+from hopdeq_lwpf.sweeps.trials.sdm_spec import SdmSpec, SpecError
+from hopdeq_lwpf.sweeps.trials.sdm_trial import run_trial
 
 SDM = [name for name in names("sweeps") if find("sweeps", name).get("task") == "sdm"]
 SMALL = {"n": 32, "radius": 8, "patterns": 20, "repeats": 2, "flips": 3}

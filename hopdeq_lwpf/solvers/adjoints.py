@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from hopdeq_lwpf._types import AdjointReport, Result, identity, unknown
+from hopdeq_lwpf.imports import class_at
 from hopdeq_lwpf.solvers import transforms
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Solver, check_count, check_number, pick, transformed
@@ -287,9 +288,10 @@ ADJOINT_SOLVERS = ("auto", *SYMMETRIC, "gmres", "picard", "anderson")
 def make_adjoint(spec: str | Adjoint) -> Adjoint:
     """The adjoint for a name or an object."""
     if isinstance(spec, str):
-        if spec not in ADJOINTS:
+        factory = ADJOINTS[spec] if spec in ADJOINTS else class_at("adjoint", spec)
+        if factory is None:
             raise unknown("adjoint", spec, ADJOINTS)
-        return ADJOINTS[spec]()
+        return cast(Adjoint, factory())
     if isinstance(spec, type) or not callable(getattr(spec, "solve", None)):
         raise TypeError(f"adjoint must be a name or an object such as Implicit(rtol=1e-6), got {spec!r}")
     return spec

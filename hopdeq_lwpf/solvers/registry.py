@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from hopdeq_lwpf._types import identity, unknown
+from hopdeq_lwpf.imports import class_at
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.broyden import Broyden
@@ -47,9 +48,10 @@ def make_solver(spec: str | Solver) -> Solver | None:
             return None
         if spec.startswith(PREFIX):
             return cast(Solver, TorchDEQ(spec.removeprefix(PREFIX)))
-        if spec not in SOLVERS:
+        factory = SOLVERS[spec] if spec in SOLVERS else class_at("solver", spec)
+        if factory is None:
             raise unknown("solver", spec, [*SOLVERS, "auto", *(PREFIX + name for name in THEIRS)])
-        return SOLVERS[spec]()
+        return cast(Solver, factory())
     proposes = callable(getattr(spec, "propose", None)) or callable(getattr(spec, "run", None))
     if isinstance(spec, type) or not proposes:
         raise TypeError(f"solver must be a name or an object such as LBFGS(memory=3), got {spec!r}")

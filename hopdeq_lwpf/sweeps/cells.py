@@ -23,8 +23,8 @@ from hopdeq_lwpf.diagnostics import (
     storage_condition,
 )
 from hopdeq_lwpf.retrieval import Retrieval
+from hopdeq_lwpf.sweeps.reports.statistics import Bootstrap
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec, Steps
-from hopdeq_lwpf.sweeps.statistics import Bootstrap
 from hopdeq_lwpf.sweeps.task import QuerySet, Task
 
 # Calls shorter than this are repeated, since a scheduler's hiccup would be most of what is timed.

@@ -16,14 +16,14 @@ from rich.console import Console
 
 from hopdeq_lwpf import __version__, plots
 from hopdeq_lwpf.data import replacing, staged_folder
-from hopdeq_lwpf.sweeps.artefacts import draw
 from hopdeq_lwpf.sweeps.cells import Baselines, Cell, Outcome, call, nearest_pattern, run_cell, summarize
-from hopdeq_lwpf.sweeps.progress import progress
-from hopdeq_lwpf.sweeps.report import write_report
+from hopdeq_lwpf.sweeps.engine.progress import progress
+from hopdeq_lwpf.sweeps.reports.artefacts import draw
+from hopdeq_lwpf.sweeps.reports.compare_report import write_report
+from hopdeq_lwpf.sweeps.reports.statistics import Bootstrap
+from hopdeq_lwpf.sweeps.reports.summary import Comparison
+from hopdeq_lwpf.sweeps.reports.table import write_table
 from hopdeq_lwpf.sweeps.spec import CONVERGED, CompareSpec, SpecError
-from hopdeq_lwpf.sweeps.statistics import Bootstrap
-from hopdeq_lwpf.sweeps.summary import Comparison
-from hopdeq_lwpf.sweeps.table import write_table
 from hopdeq_lwpf.sweeps.task import QuerySet, Task, build_task
 
 Row = dict[str, Any]

@@ -12,9 +12,9 @@ from torch import Tensor
 from hopdeq_lwpf import Result, Solution, Termination, retrieve
 from hopdeq_lwpf.data import DataError, Preprocessing, read_array, write_arrays
 from hopdeq_lwpf.data.files import check_output
-from hopdeq_lwpf.sweeps.progress import progress
+from hopdeq_lwpf.sweeps.engine.progress import progress
+from hopdeq_lwpf.sweeps.reports.summary import Grid
 from hopdeq_lwpf.sweeps.spec import CONVERGED, RetrieveSpec, SpecError
-from hopdeq_lwpf.sweeps.summary import Grid
 
 SOLUTION_FIELDS = ("value", "state", "result", "residual", "steps", "evaluations")
 FIELDS = (*SOLUTION_FIELDS, "index", "weight", "support")

@@ -11,9 +11,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, option, whole
-from hopdeq_lwpf.sweeps.sdm_spec import SdmSpec
+from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, number, option, whole
+from hopdeq_lwpf.sweeps.engine.executors import parse_executor
+from hopdeq_lwpf.sweeps.engine.search import SearchSpec, value_name
+from hopdeq_lwpf.sweeps.engine.storage_url import check_storage
 from hopdeq_lwpf.sweeps.study_spec import numbers_of, settings_hash
+from hopdeq_lwpf.sweeps.trials.graph_spec import GraphSpec
+from hopdeq_lwpf.sweeps.trials.sdm_spec import SdmSpec
 from hopdeq_lwpf.training.spec import TrainSpec
 
 
@@ -27,14 +31,16 @@ class Task:
     mappings: tuple[str, ...] = ()  # settings that are mappings themselves: "model.layers"
 
 
+POINT = "point"  # the factor whose levels are the points of a search
 TASKS = {
     "train": Task(
         TrainSpec,
-        "hopdeq_lwpf.sweeps.study_trial:run_trial",
+        "hopdeq_lwpf.sweeps.trials.train_trial:run_trial",
         ("seed", "out", "resume", "threads"),
         ("model", "data", "iterations"),
     ),
-    "sdm": Task(SdmSpec, "hopdeq_lwpf.sweeps.sdm_trial:run_trial"),
+    "sdm": Task(SdmSpec, "hopdeq_lwpf.sweeps.trials.sdm_trial:run_trial"),
+    "graph": Task(GraphSpec, "hopdeq_lwpf.sweeps.trials.graph_trial:run_trial"),
 }
 
 
@@ -101,13 +107,16 @@ class SweepSpec:
     """Settings of `hopdeq-lwpf sweep`; every field is an option and a key of the YAML file.
 
     Task "train": settings of `hopdeq-lwpf train`, with dotted names (learning_rate, model.layers, data.batch_size).
-    What is said later wins: base, set, the grid's factors in their order, rules in theirs. A mapping for model or data
-    replaces what is there if it names its model or data, and adds to it if it does not. Task "sdm": settings of
-    `SdmSpec`.
+    What is said later wins: base, set, the grid's factors in their order, the point of a search, rules in their order.
+    A search tries points in every cell of the grid, with one seed. A mapping for model or data replaces what is there
+    if it names its model or data, and adds to it if it does not. Task "sdm": settings of
+    `SdmSpec`; task "graph": of `GraphSpec`.
     Raises SpecError for a value that makes no sense and for a name that is not known, with the nearest.
     """
 
-    task: str = option("train", "what a trial is: train, or sdm (Sparse Distributed Memory)")
+    task: str = option(
+        "train", "what a trial is: train, sdm (Sparse Distributed Memory), or graph (retrieval on graphs)"
+    )
     base: str | None = option(None, "settings in models/ that every trial of task train starts from")
     set: dict[str, Any] = option({}, "settings that replace those of the base in every trial")
     grid: dict[str, Any] = option(
@@ -119,13 +128,29 @@ class SweepSpec:
     )
     exclude: list[dict[str, Any]] = option([], "[{FACTOR: LEVEL or [LEVELS]}, ...]: cells that are left out")
     only: list[dict[str, Any]] = option([], "likewise: of the others only these; empty: all")
+    search: dict[str, Any] = option(
+        {},
+        "{space: {SETTING: {low, high, log, step} or [VALUES]}, trials, sampler: tpe or random, pruner: halving or "
+        "none, seed}: points that are found instead of given, in every cell",
+    )
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "of weights, data order and dropout; one trial each")
     measures: tuple[str, ...] = option(
         ("val/accuracy", "epoch_cpu_seconds"), "numbers of a trial in the table; the first is its score"
     )
     last: int = option(1, "epochs at the end that scores and monitors are averaged over")
     workers: int = option(2, "processes that train, each on one thread")
+    executor: str = option(
+        "local", "local: processes of this machine; ray or ray:ADDRESS: a cluster of machines"
+    )
+    storage: str | None = option(
+        None, "URL of the database of the study (postgresql://USER@HOST/NAME); null: study.db in out"
+    )
+    retries: int = option(3, "how often a trial is begun again, from its checkpoint, when its process dies")
+    budget: float | None = option(None, "hours after which no trial begins; the same command goes on later")
     confidence: float = option(0.95, "coverage of the intervals over seeds")
+    baseline: dict[str, Any] = option(
+        {}, "{FACTOR: LEVEL}: what the factor's other levels are compared with; else its first level"
+    )
     x: str | None = option(None, "factor whose levels are numbers: the score is drawn against it, too")
     title: str = option("", "of the report; empty: made from the base")
     out: str = option("results/sweep", "folder of the trials and of the results")
@@ -157,32 +182,65 @@ class SweepSpec:
             raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
         if not self.out:
             raise SpecError("out is empty: name a folder for the results")
+        parse_executor(self.executor)
+        if self.storage is not None:
+            check_storage(self.storage)
+        whole("retries", self.retries, least=0)
+        if self.budget is not None:
+            number("budget", self.budget, above=0)
         self._check_names()
+        self._check_search()
 
     def _check_names(self) -> None:
         for name in self.set:
             check_setting(self.task, "set", name)
         factors = self.factors()
+        for factor, instead in (("seed", "use seeds"), *([(POINT, "of a search")] if self.search else [])):
+            if factor in factors:
+                raise SpecError(f"grid.{factor}: the sweep has a factor of this name itself; {instead}")
         for factor, levels in factors.items():
             for level in levels:
                 for name, _ in level.changes:
                     check_setting(self.task, f"grid.{factor}", name)
         names = {factor: [level.name for level in levels] for factor, levels in factors.items()}
-        for number, rule in enumerate(self.rules):
-            found = _mapping(f"rules[{number}]", rule)
+        for count, rule in enumerate(self.rules):
+            found = _mapping(f"rules[{count}]", rule)
             if sorted(found) != ["set", "where"]:
-                raise SpecError(f"rules[{number}] needs the keys 'where' and 'set', got {sorted(found)}")
-            _check_where(f"rules[{number}].where", found["where"], names)
-            for name in _mapping(f"rules[{number}].set", found["set"]):
-                check_setting(self.task, f"rules[{number}].set", name)
+                raise SpecError(f"rules[{count}] needs the keys 'where' and 'set', got {sorted(found)}")
+            _check_where(f"rules[{count}].where", found["where"], names)
+            for name in _mapping(f"rules[{count}].set", found["set"]):
+                check_setting(self.task, f"rules[{count}].set", name)
         for key in ("exclude", "only"):
-            for number, where in enumerate(getattr(self, key)):
-                _check_where(f"{key}[{number}]", where, names)
+            for count, where in enumerate(getattr(self, key)):
+                _check_where(f"{key}[{count}]", where, names)
+        _check_where("baseline", self.baseline, names)
+        for factor, level in self.baseline.items():
+            if isinstance(level, (list, tuple)):
+                raise SpecError(f"baseline: {factor!r} needs one level, got {level!r}")
         if not self.cells():
             raise SpecError("exclude and only leave no cell of the grid")
         if self.x is not None:
             for name in _levels_of(self.x, names):
                 _check_number(self.x, name)
+
+    def _check_search(self) -> None:
+        search = self.sought()
+        if search is None:
+            return
+        if len(self.seeds) > 1:
+            raise SpecError(
+                f"a search tries each point with one seed, got seeds {list(self.seeds)}: give one; run the points that "
+                "it finds with more seeds as a grid"
+            )
+        for name in search.space:
+            check_setting(self.task, "search.space", name)
+        for cell in self.cells():
+            for corner in search.corners():
+                self.trial(cell, self.seeds[0], corner)
+
+    def sought(self) -> SearchSpec | None:
+        """The search; None for a grid alone."""
+        return SearchSpec.parse(_mapping("search", self.search)) if self.search else None
 
     def factors(self) -> dict[str, tuple[Level, ...]]:
         """The levels of each factor of the grid."""
@@ -202,11 +260,13 @@ class SweepSpec:
         """
         return tuple(self.trial(cell, seed) for seed in self.seeds for cell in self.cells())
 
-    def trial(self, cell: Cell, seed: int) -> SweepTrial:
-        """The trial of one cell with one seed."""
+    def trial(self, cell: Cell, seed: int, point: Mapping[str, Any] | None = None) -> SweepTrial:
+        """The trial of one cell with one seed; point: settings that a search has found, which name the cell, too."""
         task, found = TASKS[self.task], self._base()
-        for name, value in self._changes(cell):
+        for name, value in self._changes(cell, point or {}):
             _enter(found, name, copy.deepcopy(value), task.mappings)
+        if point is not None:
+            cell = Cell((*cell.levels, (POINT, point_name(point))))
         try:
             return SweepTrial(cell, seed, task.settings(**{**found, "seed": seed}))
         except SpecError as error:
@@ -220,12 +280,13 @@ class SweepSpec:
             base[key] = {key: base[key]} if isinstance(base.get(key), str) else dict(base.get(key) or {})
         return {key: value for key, value in base.items() if key not in TASKS[self.task].own}
 
-    def _changes(self, cell: Cell) -> Iterator[tuple[str, Any]]:
+    def _changes(self, cell: Cell, point: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from self.set.items()
         for factor, levels in self.factors().items():
             for level in levels:
                 if level.name == cell.level(factor):
                     yield from level.changes
+        yield from point.items()
         for rule in self.rules:
             if cell.matches(rule["where"]):
                 yield from rule["set"].items()
@@ -236,6 +297,11 @@ class SweepSpec:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """'learning_rate=0.00316, layers=[64, 10]': a point of a search in tables."""
+    return ", ".join(f"{name.rpartition('.')[2]}={value_name(value)}" for name, value in point.items())
 
 
 def level_name(value: object) -> str:

@@ -1,0 +1,1 @@
+"""Runs trials, each once, whatever is killed; knows nothing of what they are."""

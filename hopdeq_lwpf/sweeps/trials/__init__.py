@@ -1,0 +1,1 @@
+"""What one trial of each task is asked to do, and does."""
