@@ -61,12 +61,11 @@ def _lookup(task: Task, options: dict[str, object]) -> HopfieldLayer:
 RUNS = [
     Run(layer, steps, forgetting, seed)
     for layer, steps, forgetting, seeds in (
-        ("Hopfield", 4, None, SEEDS),
+        ("Hopfield", 4, None, SEEDS + MORE[:2]),
         ("Hopfield", 1, None, SEEDS),
         ("Hopfield", 1, "relu", SEEDS),
         ("Hopfield", 1, "pfu", SEEDS),
-        ("Diffusion", 4, None, SEEDS),
-        ("Diffusion", 1, None, SEEDS),
+        ("Diffusion", 4, None, SEEDS + MORE[:2]),
         ("Pooling", 4, None, SEEDS),
         ("Pooling", 1, None, SEEDS),
         # These scatter by some .05 to .1 between seeds.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from references_diffusion import F64, association, energy, heat, knn_weights, laplacian, resolvent, step
 from torch.testing import assert_close
@@ -222,6 +222,7 @@ def test_a_sample_alone_is_what_it_is_in_a_batch(unit, sparse):
     assert not bool(harmed.converged[2])
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), sparse=st.booleans())
 def test_order_and_padding_do_not_matter(seed, sparse):
     generator = torch.Generator().manual_seed(seed)
@@ -332,8 +333,9 @@ def test_every_dtype_gives_what_float64_gives(dtype):
     loose = Termination(rtol=4 * torch.finfo(dtype).eps)
     found = retrieve_on_graph(query.to(dtype), stored.to(dtype), eta=0.3, beta=1.0, stop=loose)
     assert found.value.dtype == dtype
-    # A few roundings of each of some ten steps.
-    bound = 60 * torch.finfo(dtype).eps
+    # In half precision a few roundings, at which steps stop changing; in float32 what the tolerance leaves,
+    # 4 roundings over 1 - contraction (measured: 3 and 59 roundings of a value of 3).
+    bound = (60 if dtype == torch.float32 else 4) * torch.finfo(dtype).eps
     assert_close(found.value.double(), exact.value, rtol=bound, atol=bound)
 
 
@@ -375,6 +377,11 @@ def test_strengths_stay_above_zero_and_start_where_they_are_told():
         ({"query_mask": torch.zeros(3, dtype=torch.bool)}, "one entry a row"),
         ({"diffusion": "explicit", "eta": 30.0}, "take steps=30"),
         ({"steps": 0}, "steps must be"),
+        ({"values": torch.zeros(8, 2, dtype=F64)}, "one row a pattern"),
+        ({"graph": 5}, "query_graph or"),
+        ({"query_graph": torch.ones(6, 6)}, "from_adjacency"),
+        ({"query_graph": KNN(2)(torch.randn(9, 5))}, "query_graph has 9 nodes"),
+        ({"pattern_graph": KNN(2)(torch.randn(2, 9, 5)), "eta": 0.1}, r"batch shape \(2,\)"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_errors_that_help(options, message):
@@ -386,4 +393,6 @@ def test_settings_that_cannot_be_meant_are_errors_that_help(options, message):
 def test_a_query_needs_the_states_of_a_sample():
     with pytest.raises(ValueError, match="the queries of each sample"):
         retrieve_on_graph(torch.randn(5), torch.randn(9, 5))
+    with pytest.raises(ValueError, match="one set for all queries"):
+        retrieve_on_graph(torch.randn(3, 5), torch.randn(3, 9, 5))
     assert isinstance(DiffusionRetrieval(1.0).forgetting, Keep)

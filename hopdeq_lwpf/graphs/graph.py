@@ -143,6 +143,16 @@ class Graph(NamedTuple):
         start = sample * self.nodes
         return Graph(weight, torch.stack([start + row, start + column]), self.nodes, self.batch)
 
+    def isolate(self, mask: Tensor) -> Graph:
+        """The same graph without the edges of the nodes where mask (*batch, N), bool, is True."""
+        check_mask(mask, self.batch, self.nodes)
+        if self.edge is None:
+            drop = mask.unsqueeze(-1) | mask.unsqueeze(-2)
+            return self._replace(weight=self.weight.masked_fill(drop, 0.0))
+        drop = mask.reshape(-1)[self.edge].any(0)
+        keep = (~drop).nonzero().squeeze(-1)
+        return self._replace(weight=self.weight[keep], edge=self.edge[:, keep])
+
     def connected(self) -> Tensor:
         """Which pairs of nodes have an edge: bool (*batch, N, N), dense."""
         return self.to_dense().weight > 0

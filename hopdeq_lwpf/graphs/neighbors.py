@@ -41,6 +41,7 @@ class KNN:
     symmetrize: an edge where one of two nodes chose the other has its whole weight ("max") or half of it ("mean").
     sparse: whether the graph is a list of edges, for which nothing of size N x N is made. "auto": from 512 nodes on,
         where there are neighbours to count; from there sparse graphs with their operators and gradients are quicker.
+        Under torch.func take False: the number of edges depends on the features.
     detach: True cuts the gradient from the weights to the features. The choice of neighbours never has one.
     """
 

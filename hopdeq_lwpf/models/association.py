@@ -104,21 +104,24 @@ class Associated:
 
     @torch.no_grad()
     def energy(self) -> Tensor | None:
-        """Of the state that the solution holds, (B, H, L); None where the function has none."""
+        """Of the state that the solution holds, one a problem of f; None where the function has none."""
         if not self.f.has_energy:
             return None
-        return self.f.energy(self._after(), self.x) if self.state.numel() else self.state.sum(-1)
+        if not self.state.numel():
+            return self.state.flatten(-self.f.state_ndim).sum(-1)
+        return self.f.energy(self._after(), self.x)
 
     @torch.no_grad()
     def solution(self) -> Solution:
-        """One entry a head and state pattern; `value` is the read-out of the head, (B, H, L, dv)."""
+        """One entry a problem of f, a head and state pattern as a rule; `value` is the read-out, (B, H, L, dv)."""
         value = self.weights() @ self.heads.v.to(self.state.dtype)
         note = _note(self.unanswered())
         if self.solved is not None:
             note = "; ".join(part for part in (self.solved.note, note) if part)
             return dataclasses.replace(self.solved, value=value, note=note)
         after = self._after()
-        result, residual = judge_step(wide(self.state), wide(after), self.stop)
+        ends = [wide(part).flatten(-self.f.state_ndim) for part in (self.state, after)]
+        result, residual = judge_step(ends[0], ends[1], self.stop)
         count = torch.full_like(result, 1 if self.steps is None else self.steps)
         return Solution(value, after, result, residual, count, count.clone(), note=note)
 

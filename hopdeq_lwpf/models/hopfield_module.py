@@ -73,13 +73,16 @@ class HopfieldModule(nn.Module):
 
     @property
     def energy(self) -> Tensor | None:
-        """Of the states of the last call, (B, H, L); None where there is none (see `Retrieval.has_energy`)."""
+        """Of the states of the last call, (B, H, L); (B, H) where states diffuse; None where there is none (see
+        `Retrieval.has_energy`).
+        """
         last = self._last()
         return None if last is None else last.energy()
 
     @property
     def last_solution(self) -> Solution | None:
-        """The Solution of the last call, one entry a head and state pattern, (B, H, L), without gradient.
+        """The Solution of the last call, one entry a head and state pattern, (B, H, L), without gradient; where states
+        diffuse, all states of a head are one problem, (B, H).
 
         `value` is the read-out of the heads, `note` says how many states had every stored pattern masked.
         Not recorded in a call that torch.compile or torch.func traces.

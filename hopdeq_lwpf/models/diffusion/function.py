@@ -89,7 +89,7 @@ class DiffusionRetrieval(Association):
             return heads
         x = self.lay_out(heads)
         if read_values:
-            x = x._replace(values=heads.v.reshape(-1, *heads.v.shape[-2:]))
+            x = x._replace(values=_problems(heads.v))
         if type(self.forgetting).draw is Forgetting.draw:
             return x
         c = x.association
@@ -101,7 +101,7 @@ class DiffusionRetrieval(Association):
         c = super().lay_out(heads, threshold)
         q = heads.q
         batch = tuple(q.shape[:-2])
-        injected = None if c.injected is None else c.injected.reshape(-1, *q.shape[-2:])
+        injected = None if c.injected is None else _problems(c.injected.reshape(q.shape))
         context = DiffusionContext(c._replace(injected=None), q, injected, None, 0.0, None, None, None)
         if heads.graph is None:
             return context
@@ -225,7 +225,7 @@ class DiffusionRetrieval(Association):
             return None if part is None else part.select(rows)
 
         c = x.association
-        start = own(x.start.reshape(-1, *x.start.shape[-2:]))
+        start = own(_problems(x.start))
         patterns = c.patterns if c.patterns.ndim == 2 else own(c.patterns)
         narrowed = RetrievalContext(*map(each, c._replace(patterns=None, start=None)))  # type: ignore[arg-type]
         return DiffusionContext(
@@ -252,12 +252,12 @@ class DiffusionRetrieval(Association):
     def _pulled(self, z: Tensor, x: DiffusionContext) -> Tensor:
         """lam L z."""
         assert x.laplacian is not None
-        flat = z.reshape(-1, *z.shape[-2:])
+        flat = _problems(z)
         return (x.lam * x.laplacian.times(flat)).reshape(z.shape)
 
     def _quadratic(self, z: Tensor, x: DiffusionContext) -> Tensor:
         """tr(z^T (I + lam L) z) / 2 - tr(injected^T z): (*batch)."""
-        flat = wide(z.reshape(-1, *z.shape[-2:]))
+        flat = wide(_problems(z))
         energy = flat.square().sum((-2, -1)) / 2
         if x.smooth is not None:
             assert x.laplacian is not None
@@ -320,7 +320,12 @@ def _states(c: RetrievalContext, states: int, first: int, size: int) -> Retrieva
 
 def _over(operator: Operator, z: Tensor) -> Tensor:
     """The operator (P,) on states (*batch, L, d)."""
-    return operator(z.reshape(-1, *z.shape[-2:])).reshape(z.shape)
+    return operator(_problems(z)).reshape(z.shape)
+
+
+def _problems(z: Tensor) -> Tensor:
+    """(*batch, L, d) -> (P, L, d), also where there is no state."""
+    return z.reshape(z.shape[:-2].numel(), *z.shape[-2:])
 
 
 def _joined(pieces: Tensor) -> Tensor:

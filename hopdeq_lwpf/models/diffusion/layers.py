@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -33,7 +34,8 @@ class DiffusionHopfield(Hopfield):
         Q <- (I + lam L_Q)^-1 (D' * p(D(beta Q K~^T))) K~
 
     (`DiffusionRetrieval`, with its energy), and the read-out is (I + lam L_Q)^-1 w V. The graphs are made anew for each
-    sample from its own patterns, and padding is in neither. lam = eta = 0 is `Hopfield`.
+    sample from its own patterns, after their layer norms and before the projections, and padding is in neither.
+    lam = eta = 0 is `Hopfield`.
 
     Options: see `DiffusionOptions`. One problem is all states of a head, so that `last_solution` has shape (B, H).
     """
@@ -64,7 +66,8 @@ class DiffusionHopfield(Hopfield):
         state_pattern_padding_mask: bool (B, L), True = ignore: states that are padding belong to no graph. None: where
             stored and state patterns are the same input, the padding of the stored ones; else no padding.
         stored_graph, state_graph: used instead of those that are made: a `Graph`, or an adjacency (B, N, N) or (N, N),
-            bool or weights >= 0, symmetric. One graph serves as both where the input is one and only one is given.
+            bool or weights >= 0, symmetric. Padding has no edge in these either. One graph serves as both where the
+            input is one and only one is given.
         """
         given = (state_pattern_padding_mask, stored_graph, state_graph)
         return self._respond(self._graphed(input, stored_pattern_padding_mask, association_mask, *given))
@@ -119,19 +122,25 @@ class DiffusionHopfield(Hopfield):
         return heads._replace(graph=self._laplacian(found))
 
     def _graph(self, name: str, graph: GivenGraph, features: Tensor, ignored: Tensor | None) -> Graph:
-        """The graph that was given, checked, or one that is made from the patterns as they came in; (batch,)."""
+        """The graph that was given, checked and without padding, or one that is made from these patterns."""
         if graph is None:
             return self.options.graph()(features, ignored)
-        if isinstance(graph, Tensor):
-            graph = Graph.from_adjacency(graph, ignored, dtype=features.dtype)
-        if not isinstance(graph, Graph):
+        if not isinstance(graph, (Graph, Tensor)):
             raise TypeError(f"{name} must be a Graph or an adjacency tensor, got {type(graph).__name__}")
-        if graph.nodes != features.shape[1] or graph.batch not in ((), (1,), (features.shape[0],)):
+        samples, count = features.shape[:2]
+        if isinstance(graph, Tensor):
+            nodes, batch = graph.shape[-1], tuple(graph.shape[:-2])
+        else:
+            nodes, batch = graph.nodes, graph.batch
+        if nodes != count or batch not in ((), (1,), (samples,)):
             raise ValueError(
-                f"{name} has {graph.nodes} nodes and batch shape {graph.batch}, needs {features.shape[1]} nodes and "
-                f"batch shape ({features.shape[0]},), (1,) or ()"
+                f"{name} has {nodes} nodes and batch shape {batch}, needs {count} nodes and batch shape "
+                f"({samples},), (1,) or ()"
             )
-        return graph
+        if isinstance(graph, Tensor):
+            graph = graph if ignored is None else graph.expand(samples, *graph.shape[-2:])
+            return Graph.from_adjacency(graph, ignored, dtype=features.dtype)
+        return graph if ignored is None else graph.expand((samples,)).isolate(ignored)
 
     def _laplacian(self, graph: Graph) -> Laplacian:
         """Of a graph a sample, for all heads: (batch, 1)."""
@@ -145,7 +154,10 @@ class DiffusionHopfield(Hopfield):
             laplacian = self._laplacian(graph)
             eta = self.eta.over(tuple(own.shape[:2]), own)
             if given.adaptive_eta:
-                eta = eta * self._clarity(heads, ignored_states)
+                clarity = self._clarity(heads, ignored_states)
+                broken = clarity.isnan()  # which is no reason to refuse the eta of the other samples
+                eta = eta * clarity.masked_fill(broken, 0.0)
+                own = own.masked_fill(broken[..., None, None], math.nan)
             if isinstance(eta, Tensor) and eta.ndim:
                 laplacian = laplacian.expand(tuple(own.shape[:2]))
             operator = diffusion_operator(given.diffusion, laplacian, eta, given.diffusion_steps)
@@ -164,10 +176,13 @@ class DiffusionHopfield(Hopfield):
         """sigmoid(temperature * (h - threshold)) of the first association, h its mean entropy in [0, 1]: (B, H)."""
         f, given = self.f, self.options
         x = Association.lay_out(f, heads)
-        weights = f.separation.weights(f._scores(heads.q, x), x.mask).reshape(*heads.q.shape[:-1], -1)
+        flat = f.separation.weights(f._scores(heads.q, x), x.mask)
+        weights = flat.reshape(*heads.q.shape[:-1], flat.shape[-1])
         open_patterns = weights.shape[-1] if heads.mask is None else (~heads.mask).sum(-1)
         most = torch.as_tensor(open_patterns, dtype=weights.dtype, device=weights.device).clamp_min(2).log()
-        entropy = torch.special.entr(weights).sum(-1) / most
+        # torch.special.entr has an infinite slope at 0, where masked and forgotten patterns are: 0 * inf is NaN.
+        logs = weights.masked_fill(weights == 0, 1.0).log()
+        entropy = -(weights * logs).sum(-1) / most
         if ignored_states is None:
             mean = entropy.mean(-1) if entropy.shape[-1] else entropy.new_zeros(entropy.shape[:-1])
         else:
@@ -182,6 +197,8 @@ class DiffusionHopfield(Hopfield):
         near = near | torch.eye(count, dtype=torch.bool, device=near.device)
         if alone:
             return near[:, None]
+        if not count:  # nothing to be an anchor
+            return near.new_zeros((*heads.q.shape[:-1], 0))
         with torch.no_grad():
             scores = heads.q @ heads.k[:, :, :count].mT
             if heads.mask is not None:
@@ -198,6 +215,7 @@ class DiffusionPooling(HopfieldPooling):
     """
 
     core = DiffusionHopfield
+    hopfield: DiffusionHopfield
     takes_options: type[PoolingOptions] = DiffusionPoolingOptions
 
     @takes(DiffusionPoolingOptions)
@@ -219,6 +237,19 @@ class DiffusionPooling(HopfieldPooling):
         out = self.hopfield(self._parts(input), *masks, None, stored_graph, state_graph)
         return (out if self.hopfield.options.batch_first else out.transpose(0, 1)).flatten(1)
 
+    def get_association_matrix(
+        self,
+        input: Tensor | Sequence[Tensor],
+        stored_pattern_padding_mask: Tensor | None = None,
+        association_mask: Tensor | None = None,
+        stored_graph: GivenGraph = None,
+        state_graph: GivenGraph = None,
+    ) -> Tensor:
+        """See `DiffusionHopfield.get_association_matrix`; arguments as in `forward`."""
+        masks = (stored_pattern_padding_mask, association_mask)
+        parts = self._parts(input)
+        return self.hopfield.get_association_matrix(parts, *masks, None, stored_graph, state_graph)
+
 
 class DiffusionLayer(HopfieldLayer):
     """`HopfieldLayer` whose learned patterns diffuse over their graph, and whose states over theirs.
@@ -227,6 +258,7 @@ class DiffusionLayer(HopfieldLayer):
     """
 
     core = DiffusionHopfield
+    hopfield: DiffusionHopfield
     takes_options: type[PoolingOptions] = DiffusionLookupOptions
 
     @takes(DiffusionLookupOptions)
@@ -245,6 +277,19 @@ class DiffusionLayer(HopfieldLayer):
         """Look up: input (B, L, input_size) -> (B, L, output_size). As `DiffusionHopfield.forward`, S = quantity."""
         masks = (stored_pattern_padding_mask, association_mask, state_pattern_padding_mask)
         return self.hopfield(self._parts(input), *masks, stored_graph, state_graph)
+
+    def get_association_matrix(
+        self,
+        input: Tensor | Sequence[Tensor],
+        stored_pattern_padding_mask: Tensor | None = None,
+        association_mask: Tensor | None = None,
+        state_pattern_padding_mask: Tensor | None = None,
+        stored_graph: GivenGraph = None,
+        state_graph: GivenGraph = None,
+    ) -> Tensor:
+        """See `DiffusionHopfield.get_association_matrix`; arguments as in `forward`."""
+        masks = (stored_pattern_padding_mask, association_mask, state_pattern_padding_mask)
+        return self.hopfield.get_association_matrix(self._parts(input), *masks, stored_graph, state_graph)
 
 
 def _ignored(name: str, mask: Tensor | None, patterns: Tensor) -> Tensor | None:

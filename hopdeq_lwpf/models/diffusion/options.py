@@ -22,7 +22,9 @@ ATTENTION = ("dense", "graph")
 ELSEWHERE = {
     "k_neighbors": "neighbors",
     "use_normalized_laplacian": "laplacian='normalized' or 'combinatorial'",
-    "diffusion_mode": "diffusion: 'spectral' is 'heat', 'iterative' is 'explicit' with diffusion_steps",
+    "diffusion_mode": (
+        "diffusion: 'spectral' is 'heat', 'iterative' is 'explicit' with eta = theirs times diffusion_steps"
+    ),
     "diffuse_query": "lam, > 0",
     "diffuse_key": "eta, > 0",
     "attention_mode": "attention",
@@ -51,8 +53,8 @@ class DiffusionOptions(HopfieldOptions):
     diffusion: of the stored patterns: "heat", exp(-eta L); "implicit", (I + eta L)^-1; "explicit", (I - eta L /
         k)^k with k = diffusion_steps, refused where it is unstable.
     adaptive_eta: multiply eta by sigmoid(adaptive_temperature * (h - adaptive_threshold)), one a sample and head,
-        where h in [0, 1] is the mean entropy of the first association over its largest possible value: what is
-        recalled clearly is diffused little. Fixed for a solve.
+        where h in [0, 1] is the mean entropy of the first association, before forgetting, over its largest possible
+        value: what is recalled clearly is diffused little. Fixed for a solve.
     attention: "graph" lets a state associate only with its anchor among the stored patterns, itself where they are the
         same input, else the most similar one in the association space of each head, and with the anchor's neighbours.
     """

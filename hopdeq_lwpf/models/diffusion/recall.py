@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hopdeq_lwpf._layout import check_input
-from hopdeq_lwpf._types import Solution, check_same_kind, unknown
+from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind, unknown
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.graphs import KNN, LAPLACIANS, OPERATORS, Graph, diffusion_operator
 from hopdeq_lwpf.models.association import Heads
@@ -57,7 +57,7 @@ def retrieve_on_graph(  # noqa: PLR0913 (one call with keywords is the point)
         "heat", "implicit" or "explicit" (`hopdeq_lwpf.graphs`). With all three 0 this is `retrieve`, but for how
         solves end.
     graph: how graphs are made from queries and patterns. query_graph, pattern_graph: used instead; a `Graph` of batch
-        shape *batch, or () for all. laplacian: "normalized" or "combinatorial".
+        shape *batch, or () for all, in which padding has no edge either. laplacian: "normalized" or "combinatorial".
     values (S, dv) or (*batch, S, dv): what is read out instead of the diffused patterns.
     mask: bool, True = ignore: (S,) or (*batch, S), patterns that are padding; query_mask (*batch, L): queries that are.
         Padding is in no graph, and may hold anything; the read-out of a query that is padding means nothing.
@@ -71,14 +71,11 @@ def retrieve_on_graph(  # noqa: PLR0913 (one call with keywords is the point)
     """
     check_steps(steps)
     check_input(query, patterns, None)
-    if query.ndim < 2:
-        raise ValueError(
-            f"query must be (*batch, L, d), the queries of each sample, got {tuple(query.shape)}"
-        )
+    _check(query, patterns, values, graph)
     for name, value, allowed in (("diffusion", diffusion, OPERATORS), ("laplacian", laplacian, LAPLACIANS)):
         if value not in allowed:
             raise unknown(name, value, allowed)
-    batch = query.shape[:-2]
+    batch = tuple(query.shape[:-2])
     f = DiffusionRetrieval(
         beta,
         lam=lam,
@@ -91,21 +88,18 @@ def retrieve_on_graph(  # noqa: PLR0913 (one call with keywords is the point)
     strength = make_strength("eta", eta)
     query = _cleared("query_mask", query, query_mask, batch)
     stored = _cleared("mask", patterns, mask, batch)
-    made = None
     if not strength.off:
-        made = pattern_graph if pattern_graph is not None else graph(stored, _for(stored, mask))
+        made = _graph("pattern_graph", pattern_graph, graph, stored, mask, batch)
         time = strength.over(batch, stored)
-        if isinstance(time, Tensor) and time.ndim:
-            made, stored = made.expand(tuple(batch)), stored.expand(*batch, *stored.shape[-2:])
+        own = isinstance(time, Tensor) and time.ndim > 0
+        if own or made.batch not in ((), tuple(stored.shape[:-2])):
+            made, stored = made.expand(batch), stored.expand(*batch, *stored.shape[-2:])
         operator = diffusion_operator(diffusion, made.laplacian(laplacian), time)
         stored = operator.expand(tuple(stored.shape[:-2]))(stored)
     of_states = None
     if not (f.lam.off and f.logit_eta.off):
-        made = query_graph if query_graph is not None else graph(query, query_mask)
-        of_states = made.laplacian(laplacian)
+        of_states = _graph("query_graph", query_graph, graph, query, query_mask, batch).laplacian(laplacian)
     read = stored if values is None else _cleared("mask", values, mask, batch)
-    if values is not None:
-        check_same_kind("values", values, "patterns", patterns)
     keys, read = (part.expand(*batch, *part.shape[-2:]) for part in (stored, read))
     ignored = None if mask is None else mask.expand(*batch, mask.shape[-1]).unsqueeze(-2)
     heads = Heads(query, keys, read, ignored, None, of_states)
@@ -138,11 +132,55 @@ def _recall(f: DiffusionRetrieval, x: DiffusionContext, solution: Solution, read
         )
 
 
-def _for(patterns: Tensor, mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.expand(patterns.shape[:-1])
+def _check(query: Tensor, patterns: Tensor, values: Tensor | None, graph: KNN) -> None:
+    """Raise for what `check_input` lets pass but one problem a sample cannot be."""
+    if query.ndim < 2:
+        raise ValueError(
+            f"query must be (*batch, L, d), the queries of each sample, got {tuple(query.shape)}"
+        )
+    if patterns.ndim > query.ndim:
+        raise ValueError(
+            f"patterns must be (S, d) or (*batch, S, d), one set for all queries of a sample, got "
+            f"{tuple(patterns.shape)} for queries {tuple(query.shape)}"
+        )
+    if values is not None:
+        check_float_tensor("values", values)
+        check_same_kind("values", values, "patterns", patterns)
+        if not 2 <= values.ndim <= query.ndim or values.shape[-2] != patterns.shape[-2]:
+            count = patterns.shape[-2]
+            raise ValueError(
+                f"values must have one row a pattern, ({count}, dv) or (*batch, {count}, dv), got {tuple(values.shape)}"
+            )
+    if not callable(graph):
+        raise TypeError(
+            f"graph says how graphs are made, KNN(...), got {type(graph).__name__}; a Graph itself is query_graph or "
+            "pattern_graph"
+        )
 
 
-def _cleared(name: str, rows: Tensor, mask: Tensor | None, batch: torch.Size) -> Tensor:
+def _graph(  # noqa: PLR0913
+    name: str, given: Graph | None, how: KNN, rows: Tensor, mask: Tensor | None, batch: tuple[int, ...]
+) -> Graph:
+    """The graph that was given, checked and without padding, or one that is made from these rows."""
+    nodes = rows.shape[-2]
+    if given is None:
+        return how(rows, None if mask is None else mask.expand(rows.shape[:-1]))
+    if not isinstance(given, Graph):
+        raise TypeError(
+            f"{name} must be a Graph, got {type(given).__name__}; Graph.from_adjacency(weight) makes one"
+        )
+    if given.nodes != nodes or given.batch not in ((), batch):
+        raise ValueError(
+            f"{name} has {given.nodes} nodes and batch shape {given.batch}, needs {nodes} nodes and batch shape "
+            f"{batch} or ()"
+        )
+    if mask is None:
+        return given
+    samples = given.batch or tuple(mask.shape[:-1])
+    return given.expand(samples).isolate(mask.expand(*samples, nodes))
+
+
+def _cleared(name: str, rows: Tensor, mask: Tensor | None, batch: tuple[int, ...]) -> Tensor:
     """Rows that are padding as zeros: what is mixed over a graph must not hold NaN."""
     if mask is None:
         return rows

@@ -17,13 +17,19 @@ class Strength(nn.Module):
     learn: make it a Parameter: `raw`, whose softplus is the strength, so that no step of an optimiser makes it
         negative, which would sharpen what it should smooth without bound. It must begin above 0, where softplus
         has a slope.
-    Raises ValueError for a value below 0, or 0 with learn.
+    Raises ValueError for a value below 0, or 0 with learn; TypeError for a Parameter without learn: what an optimiser
+    moves freely may become negative.
     """
 
     def __init__(
         self, name: str, value: float | Tensor, *, learn: bool = False, entries: int | None = None
     ) -> None:
         super().__init__()
+        if isinstance(value, nn.Parameter) and not learn:
+            raise TypeError(
+                f"{name} must stay >= 0 while it is learned, which a Parameter does not: give its value as a tensor "
+                f"and learn_{name}=True (layers), or Strength({name!r}, value, learn=True)"
+            )
         check_number(name, value)
         if lowest(value) < 0 or (learn and lowest(value) <= 0):
             least = "> 0, to be learned" if learn else ">= 0"
@@ -61,17 +67,13 @@ class Strength(nn.Module):
     def extra_repr(self) -> str:
         """Name and value."""
         value = self()
+        if isinstance(value, Tensor) and value.is_meta:
+            return f"{self.name}=..." + (", learned" if self.learned else "")
         numbers = [value] if isinstance(value, float) else value.detach().reshape(-1).tolist()
         shown = ", ".join(f"{number:.4g}" for number in numbers)
         return f"{self.name}={shown}" + (", learned" if self.learned else "")
 
 
 def make_strength(name: str, value: float | Tensor | Strength) -> Strength:
-    """The strength that is meant. A Parameter is refused: what an optimiser moves freely may become negative."""
-    if isinstance(value, Strength):
-        return value
-    if isinstance(value, nn.Parameter):
-        raise TypeError(
-            f"{name} must stay >= 0 while it is learned: pass Strength({name!r}, value, learn=True)"
-        )
-    return Strength(name, value)
+    """The strength that is meant."""
+    return value if isinstance(value, Strength) else Strength(name, value)
