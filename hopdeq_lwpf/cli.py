@@ -237,12 +237,12 @@ def _check_assigned(spec: SweepSpec, keys: Sequence[str]) -> None:
         if not free:
             raise SpecError(
                 f"--set {key}: every cell sets {key!r} itself, so that this would change nothing; choose levels with "
-                "--only, or change the grid"
+                "--only, or change the grid or the space of the search"
             )
 
 
 def _own_settings(spec: SweepSpec, cell: Cell) -> set[str]:
-    """The settings that the grid and the rules change in a cell."""
+    """The settings that the grid, the search and the rules change in a cell."""
     own = {
         name
         for f, levels in spec.factors().items()
@@ -250,6 +250,8 @@ def _own_settings(spec: SweepSpec, cell: Cell) -> set[str]:
         if x.name == cell.level(f)
         for name, _ in x.changes
     }
+    search = spec.sought()
+    own |= set() if search is None else set(search.space)
     return own | {name for rule in spec.rules if cell.matches(rule["where"]) for name in rule["set"]}
 
 

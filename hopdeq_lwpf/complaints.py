@@ -20,6 +20,8 @@ def located(message: str, documents: Sequence[Document], given: Sequence[str]) -
 
     What the command line gives as well is not looked for: it wins over the file.
     """
+    if message.startswith("--"):  # of the command line itself
+        return message
     said = {
         word.partition("=")[0].removeprefix("--").partition(".")[0] for word in given if word.startswith("--")
     }
@@ -45,14 +47,17 @@ def explained(
     if found:
         if found[1] in others:
             return f"{found[1]!r} {others[found[1]]}"
-        near = nearest(found[1], options)
-        return f"unknown key {found[1]!r} in the settings" + (f"; did you mean {near!r}?" if near else "")
+        # Of a mapping under an unknown key the parser names the first key inside: 'gird.radius'.
+        top = found[1].partition(".")[0]
+        near = nearest(top, options)
+        said = f"unknown key {(top if near else found[1])!r} in the settings"
+        return said + (f"; did you mean {near!r}?" if near else "")
     found = re.search(r"invalid choice: '([^']*)'", message)
     if found or 'expected "command"' in message:
         near = nearest(found[1], commands) if found else None
         hint = f"; did you mean {near!r}?" if near else f"; it must be one of {', '.join(commands)}"
         return (f"unknown command {found[1]!r}" if found else "a command is missing") + hint
-    if "does not support item assignment" in message:
+    if "does not support item assignment" in message or "object is not iterable" in message:
         return "a setting that takes several values got one in the settings file: write it as a list, [VALUE]"
     message = message.replace("Parser key ", "").replace("Problems parsing config: ", "settings file: ")
     return re.sub(r"<class '(\w+)'>", r"\1", message)

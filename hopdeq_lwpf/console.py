@@ -30,14 +30,13 @@ def say(line: str) -> None:
 
 def show_all(grids: Iterable[Grid], sentences: Iterable[str], paths: Iterable[Path] = ()) -> None:
     """Tables, then sentences, then the files that were written."""
+    grids, sentences, paths = list(grids), list(sentences), list(paths)
     for grid in grids:
         show(grid)
-    out = console()
     for sentence in sentences:
-        out.print(f"- {sentence}", markup=False, highlight=False)
-    paths = list(paths)
+        say(f"- {sentence}")
     if paths:
-        say("\nwritten:")
+        say("\nwritten:" if grids or sentences else "written:")
     for path in paths:
         say(f"  {path}")
 

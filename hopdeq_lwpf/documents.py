@@ -58,7 +58,7 @@ class Document:
             inner = self._named(name, within) if name and (within or not place) else None
             if inner is not None:
                 return inner
-        return place
+        return place or (self._resolve(first[1]) if first else ())
 
     def _resolve(self, dotted: str) -> Path_:
         """The longest path that the words between dots and brackets name from the top."""

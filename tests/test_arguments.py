@@ -182,6 +182,11 @@ def test_an_assignment_that_no_cell_takes_is_refused(tmp_path, capsys):
     assert "every cell sets 'learning_rate' itself" in capsys.readouterr().err
     assert main([*words, "--set", "epochs=2"]) == 0  # which cell b takes
     assert main([*words, "--set", "{learning_rate: 1}", "--set.clip", "2"]) == 0
+    path.write_text(
+        "base: train_digits\nseeds: [0]\nsearch: {space: {learning_rate: {low: 0.1, high: 0.2}}}\n"
+    )
+    assert main([*words, "--set", "learning_rate=0.2"]) == 2
+    assert "every cell sets 'learning_rate' itself" in capsys.readouterr().err
     assert assigned_keys(["sweep", "--set.a.b=1", "--set", "c=2", "--set=d=3", "--set", "{e: 1}"]) == [
         "a.b",
         "c",

@@ -6,9 +6,12 @@ from references_diffusion import F64
 from test_diffusion import TIGHT, sample
 from test_diffusion_layers import OPTIONS, STEPS, bags, layer_of
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hopdeq_lwpf import Termination
 from hopdeq_lwpf.graphs import KNN, Graph
-from hopdeq_lwpf.models.diffusion import DiffusionLayer, DiffusionPooling, retrieve_on_graph
+from hopdeq_lwpf.graphs import neighbors as neighbor_search
+from hopdeq_lwpf.models.diffusion import DiffusionLayer, DiffusionPooling, function, retrieve_on_graph
 
 # Most of these solve from a start that would train, to look at what is computed.
 pytestmark = pytest.mark.filterwarnings("ignore:z0 was detached")
@@ -135,3 +138,38 @@ def test_isolated_nodes_lose_their_edges_and_others_keep_theirs(sparse):
     found = graph.isolate(mask)
     assert found.is_sparse == sparse
     assert_close(found.to_dense().weight, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers in the largest tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        parts = out if isinstance(out, (tuple, list)) else [out]
+        if (
+            function is not torch.ops.aten.empty.memory_format
+        ):  # of the allocator, whose pages are never touched
+            self.count = max(
+                [self.count, *(part.numel() for part in parts if isinstance(part, torch.Tensor))]
+            )
+        return out
+
+
+def test_no_tensor_of_a_sparse_solve_grows_with_the_square_of_the_nodes(monkeypatch):
+    block, width, neighbors = 2**14, 8, 4
+    monkeypatch.setattr(function, "BLOCK", block)
+    monkeypatch.setattr(neighbor_search, "BLOCK", block)
+    count = 1000
+    query, stored = torch.randn(count, width), torch.randn(count, width)
+    graph = KNN(neighbors, sparse=True)
+    with Largest() as largest:
+        retrieve_on_graph(
+            query, stored, beta=2.0, lam=2.0, eta=0.3, graph=graph, stop=Termination(max_steps=5)
+        )
+    # Blocks of scores, rounded up to whole rows, or both directions of every edge with a row each.
+    assert largest.count <= max(block + count, 2 * neighbors * count * width)
+    assert largest.count < count**2 / 10

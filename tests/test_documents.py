@@ -124,6 +124,8 @@ def test_a_complaint_is_placed(message, line):
     ("text", "message"),
     [
         ("base: train_digits\nsedes: [1]\n", ":2: unknown key 'sedes' in the settings; did you mean 'seeds'"),
+        ("base: train_digits\ngird:\n  lr: [1]\n", ":2: unknown key 'gird' in the .*; did you mean 'grid'"),
+        ("base: train_digits\nzzz:\n  lr: [1]\n", ":3: unknown key 'zzz.lr' in the settings"),
         ("base: train_digits\nset:\n  epoch: 1\n", ":3: set: 'epoch' is no setting .*Did you mean 'epochs'"),
         (
             "base: train_digits\ngrid:\n  f:\n    a: {epoch: 1}\n",
@@ -152,3 +154,10 @@ def test_what_the_command_line_says_is_not_blamed_on_the_file(tmp_path, capsys):
     path.write_text("base: train_digits\nworkers: 2\n")
     assert main(["sweep", str(path), "--workers", "0"]) == 2
     assert str(path) not in capsys.readouterr().err
+
+
+def test_one_value_where_a_list_belongs_is_said(tmp_path, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: train_digits\nseeds: 3\n")
+    assert main(["sweep", str(path), "--dry-run", "--out", str(tmp_path / "out")]) == 2
+    assert "takes several values got one in the settings file: write it as a list" in capsys.readouterr().err

@@ -383,6 +383,8 @@ def test_settings_read_back_without_the_password(tmp_path):
     text = settings_text(spec)
     assert "cret" not in text
     assert yaml.safe_load(text)["storage"] == "postgresql://me@host:5432/studies"
+    odd = replace(spec, storage="postgresql://me:se@cr/et@host/studies")
+    assert yaml.safe_load(settings_text(odd))["storage"] == "postgresql://me@host/studies"
     plain = replace(spec, storage="postgresql://me@host/studies")
     assert SweepSpec(**yaml.safe_load(settings_text(plain))) == plain
 

@@ -273,6 +273,12 @@ def test_measures_are_means_over_the_last_epochs():
     assert found["score"] == pytest.approx(0.3)
     assert found["score_best"] == 0.9
     assert found["score_end"] == 0.4
+    low = record(trial, 0.0, curves={"val/loss": [0.9, 0.2, None, 0.4]})
+    assert measures(low, 3, "val/loss")["score_best"] == 0.2, "of a loss the lowest"
+    assert measures(made, 3, "saved_bytes")["score"] == 2e6, "a cost may be the score"
+    own = {**made, "curves": {"seconds": [0.25]}, "costs": {"seconds": 7.0}}
+    timed = measures(own, 1, "seconds")
+    assert (timed["score"], timed["seconds"]) == (0.25, 0.25), "what the trial measured itself"
     assert found["train_score"] is None
     assert found["steps_max"] == 5.0
     assert found["saved_bytes"] == 2e6

@@ -71,3 +71,16 @@ def test_the_named_sweep_compares_diffusion_with_none_in_pairs():
 def test_settings_that_make_no_sense_are_errors(options, message):
     with pytest.raises(ValueError, match=message):
         GraphSpec(**options)
+
+
+@pytest.mark.parametrize(
+    ("task", "measures"),
+    [
+        ("train", ("val/accuracy", "epoch_cpu_seconds")),
+        ("sdm", ("cosine", "steps")),
+        ("graph", ("error", "steps")),
+    ],
+)
+def test_a_sweep_that_asks_for_nothing_shows_what_its_task_usually_does(task, measures):
+    base = {"base": "train_digits"} if task == "train" else {}
+    assert SweepSpec(task=task, **base).measures == measures

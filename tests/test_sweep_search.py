@@ -1,7 +1,9 @@
 """Searches: points in the space, hopeless trials stopped by the rule, nothing lost when a search goes on."""
 
+import inspect
 import json
 import math
+import shlex
 import threading
 from dataclasses import replace
 
@@ -12,11 +14,16 @@ from sweep_tasks import expected, score, toy
 from test_sweep_engine import TRIALS, Threads, file_lines, told
 
 from hopdeq_lwpf._checks import SpecError
+from hopdeq_lwpf.sweeps import sweep as sweeps
 from hopdeq_lwpf.sweeps.engine import runs
 from hopdeq_lwpf.sweeps.engine.epoch_reports import REPORTS, VERDICTS, Listener, Reports, remove_reports
 from hopdeq_lwpf.sweeps.engine.lines import add_line, read_lines
 from hopdeq_lwpf.sweeps.engine.search import SearchSpec
 from hopdeq_lwpf.sweeps.engine.state import State
+from hopdeq_lwpf.sweeps.estimate import plan
+from hopdeq_lwpf.sweeps.reports.folder import notes as report_notes
+from hopdeq_lwpf.sweeps.reports.sweep_report import command, write_results
+from hopdeq_lwpf.sweeps.reports.sweep_results import findings
 from hopdeq_lwpf.sweeps.sweep import found_points, load, run_trials
 from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
 
@@ -178,6 +185,55 @@ def test_a_point_that_is_proposed_again_is_told_and_not_run_again(tmp_path):
     assert {(key, value) for key, _, value, _ in entries} == set(values.items())
 
 
+def test_points_that_another_search_has_run_are_points_of_this_one_too(tmp_path):
+    """The samplers have one seed, so that all random points are proposed again, and none is run again."""
+    first = sought(tmp_path, search={"sampler": "random", "space": {"x": SPACE["x"]}, "trials": 5})
+    hashes = {trial.hash for trial in run_trials(first).trials}
+    second = replace(first, last=2)
+    for _ in range(2):
+        assert {trial.hash for trial in run_trials(second).trials} == hashes
+        assert len(file_lines(tmp_path)) == 10, "each point once more, with a note of the second search"
+    assert {trial.hash for trial in load(first).trials} == hashes, "the first search keeps them"
+    assert len({line["search"]["study"] for line in file_lines(tmp_path)}) == 1, "it ran them"
+
+
+def test_points_of_another_search_are_known_where_the_study_is_lost(tmp_path):
+    first = sought(tmp_path, search={"sampler": "random", "space": {"x": SPACE["x"]}, "trials": 5})
+    run_trials(first)
+    second = replace(first, last=2)
+    run_trials(second)
+    for file in tmp_path.glob("study.db*"):
+        file.unlink()
+    run_trials(second)
+    assert len(file_lines(tmp_path)) == 10
+    assert [state for _, state, _, _ in told(tmp_path)] == ["COMPLETE"] * 5
+
+
+def test_a_search_may_look_for_a_low_cost(tmp_path):
+    settings = {"set": {"experiment": "fit", "n": 16, "patterns": 8}, "measures": ["seconds"], "seeds": [0]}
+    search = {"space": {"radius": {"low": 2, "high": 12}}, "trials": 4}
+    spec = SweepSpec(task="sdm", search=search, out=str(tmp_path), workers=1, **settings)
+    seconds = [record["costs"]["seconds"] for record in run_trials(spec).records]
+    assert seconds == sorted(seconds)
+    assert all(math.isfinite(value) for _, _, value, _ in told(tmp_path))
+    assert {value for _, _, value, _ in told(tmp_path)} == set(seconds)
+
+
+def test_more_senseless_points_than_calls_may_nest_end_no_search(tmp_path, monkeypatch):
+    spec = sought(tmp_path, search={"trials": 5})
+    depths = []
+
+    def refuse(self, cell, seed, point=None):
+        depths.append(len(inspect.stack(0)))
+        raise SpecError("no sense")
+
+    plans = sweeps._search(spec, spec.sought(), spec.cells()[0])
+    monkeypatch.setattr(SweepSpec, "trial", refuse)
+    runs.run_searches([plans], str(tmp_path), sweeps._kind(spec))
+    assert len(depths) == 5
+    assert len(set(depths)) == 1, "one after the other, none inside of the one before"
+
+
 # --- kills
 
 
@@ -240,6 +296,39 @@ def test_points_that_fail_count_and_are_tried_again_by_the_next_start(tmp_path):
     run_trials(spec)
     assert len(file_lines(tmp_path)) == 4, "they are one point"
     assert {state for _, state, _, _ in told(tmp_path)} == {"FAIL"}
+    found = load(spec)
+    assert [trial.cell.level("point") for trial, _ in found.failures()] == ["mood=raises"]
+    assert "0 of 1 finished, 1 failed" in findings(found)[0]
+    line = shlex.split(command(found, found.trials[0]))
+    assert line[line.index("--search") :][:4] == ["--search", "{}", "--set", 'mood="raises"']
+
+
+def test_the_report_counts_what_failed_and_what_was_stopped(tmp_path):
+    space = {"x": SPACE["x"], "mood": ["good", "raises"]}
+    spec = sought(tmp_path, set={"epochs": 9}, search={"space": space, "pruner": "halving", "reduction": 2})
+    found = run_trials(spec)
+    counts = [0, 0, 0]
+    for line in {line["hash"]: line for line in file_lines(tmp_path)}.values():
+        counts[2 if line["failure"] is not None else line["pruned"] is not None] += 1
+    assert min(counts) > 0, "this seed has some of each"
+    assert len(found.failures()) == counts[2]
+    said = f"{counts[0]} of {sum(counts)} finished, {counts[2]} failed, {counts[1]} stopped early, 0 not run"
+    assert said in findings(found)[0]
+    assert [record["failure"] is None for record in found.records] == [True] * counts[0] + [False] * counts[2]
+    write_results(found)
+    page = (tmp_path / "report.html").read_text()
+    assert f"failed: {counts[2]}; not run: 0" in page
+    assert f"{counts[1]} stopped early" in page
+    lines = report_notes(found.records, str(tmp_path), found.stopped)
+    assert not [line for line in lines if "nowhere" in line], "every trial of the folder is accounted for"
+
+
+def test_a_dry_run_counts_the_points_of_its_own_search(tmp_path):
+    spec = sought(tmp_path, search={"trials": 4})
+    run_trials(spec)
+    assert "Nothing is left to run" in plan(spec)[1][2]
+    other = replace(spec, search={"space": {"x": SPACE["x"]}, "trials": 4})
+    assert "0 trials ended" in plan(other)[1][1]
 
 
 # --- pruning

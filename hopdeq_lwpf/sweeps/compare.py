@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from hopdeq_lwpf import __version__, plots
+from hopdeq_lwpf import plots
 from hopdeq_lwpf.data import replacing, staged_folder
 from hopdeq_lwpf.sweeps.cells import Baselines, Cell, Outcome, call, nearest_pattern, run_cell, summarize
 from hopdeq_lwpf.sweeps.engine.progress import progress
+from hopdeq_lwpf.sweeps.engine.versions import versions
 from hopdeq_lwpf.sweeps.reports.artefacts import draw
 from hopdeq_lwpf.sweeps.reports.compare_report import write_report
 from hopdeq_lwpf.sweeps.reports.statistics import Bootstrap
@@ -113,11 +113,7 @@ def _asked(queries: QuerySet, task: Task) -> np.ndarray:
 
 def _environment(spec: CompareSpec, seconds: float) -> dict[str, str]:
     return {
-        "hopdeq_lwpf": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
+        **versions(),
         "threads": str(spec.threads),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "run time": f"{seconds:.1f} s",

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from hopdeq_lwpf._checks import choice
-from hopdeq_lwpf.sweeps.engine.records import TRIALS, read_records
 from hopdeq_lwpf.sweeps.reports.summary import Grid
 from hopdeq_lwpf.sweeps.reports.sweep_results import Sweep
 from hopdeq_lwpf.sweeps.study import check_settings
-from hopdeq_lwpf.sweeps.sweep import MEASURES, load
+from hopdeq_lwpf.sweeps.sweep import MEASURES, load, search_records
 from hopdeq_lwpf.sweeps.sweep_spec import Cell, SweepSpec
 
 NOTHING = "Nothing is left to run; the report would be written anew."
@@ -49,8 +48,7 @@ def _searched(sweep: Sweep, spec: SweepSpec) -> list[str]:
     ]
     if spec.task == "train":
         check_settings([trial.given for trial in corners])
-    records = read_records(Path(spec.out) / TRIALS).values()
-    ended = sum("search" in record and record["failure"] is None for record in records)
+    ended = sum(record["failure"] is None for _, _, record in search_records(spec))
     return [
         f"A search ({search.sampler}, pruner {search.pruner}) of {', '.join(search.space)}: {search.trials} trials in "
         f"each of {len(spec.cells())} cells, {asked} trials of {spec.base or spec.task}, seed {spec.seeds[0]}.",

@@ -16,8 +16,8 @@ from hopdeq_lwpf.sweeps.engine.records import (
     MONITORS,
     SCORES,
     TRIALS,
-    is_complete,
     measures,
+    point_of,
     read_records,
 )
 from hopdeq_lwpf.sweeps.engine.search import SearchSpec, direction_of
@@ -89,26 +89,47 @@ def run(spec: SweepSpec, console: Console | None = None) -> tuple[Sweep, list[Pa
 def load(spec: SweepSpec) -> Sweep:
     """The trials of a sweep with the records that `spec.out` holds; runs nothing.
 
-    Of a search: its complete trials as a grid with the factor "point", the best first.
+    Of a search: its trials but those that it stopped early, as a grid with the factor "point", the best first.
     """
-    found = spec if spec.sought() is None else found_points(spec)
+    if spec.sought() is None:
+        trials = spec.trials()
+        return Sweep(spec, trials, tuple(runs.load_records(trials, spec.out)))
+    found, stopped = found_points(spec), sum(_stopped(record) for _, _, record in search_records(spec))
     trials = found.trials()
-    return Sweep(found, trials, tuple(runs.load_records(trials, spec.out)))
+    return Sweep(found, trials, tuple(runs.load_records(trials, spec.out)), stopped)
+
+
+def search_records(spec: SweepSpec) -> list[tuple[Cell, Mapping[str, Any], runs.Record]]:
+    """The records of all points of a search, also of those that failed or were stopped: (cell, params, record)."""
+    search = spec.sought()
+    assert search is not None
+    names = [(_plan(spec, search, cell).name(), cell) for cell in spec.cells()]
+    return [
+        (cell, params, record)
+        for record in read_records(Path(spec.out) / TRIALS).values()
+        for name, cell in names
+        if (params := point_of(record, name)) is not None
+    ]
+
+
+def _stopped(record: runs.Record) -> bool:
+    return record["failure"] is None and record.get("pruned") is not None
 
 
 def found_points(spec: SweepSpec) -> SweepSpec:
-    """The grid of the points that a search has tried to their end, the best first; without any, the cells alone."""
+    """The grid of the points that a search has not stopped early, the best first, at the end those that failed.
+
+    Without any, the cells alone.
+    """
     search = spec.sought()
     assert search is not None
-    names = {_plan(spec, search, cell).name(): cell for cell in spec.cells()}
     better = -1 if _direction(spec, search) == "maximize" else 1
     tried: list[tuple[float, str, Cell, dict[str, Any]]] = []
-    for record in read_records(Path(spec.out) / TRIALS).values():
-        cell = names.get(record.get("search", {}).get("study"))
-        if cell is not None and is_complete(record):
-            point = search.settings(record["search"]["params"])
+    for cell, params, record in search_records(spec):
+        if not _stopped(record):
             score = measures(record, spec.last, spec.measures[0])["score"]
-            tried.append((float("inf") if score is None else better * score, record["hash"], cell, point))
+            place = float("inf") if score is None or record["failure"] is not None else better * score
+            tried.append((place, record["hash"], cell, search.settings(params)))
     plain = replace(spec, search={})
     if not tried:
         return plain

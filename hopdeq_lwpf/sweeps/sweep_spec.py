@@ -29,6 +29,7 @@ class Task:
     runner: str  # "module:function", (settings, folder) -> what a record says
     own: tuple[str, ...] = ("seed",)  # settings that the sweep sees to
     mappings: tuple[str, ...] = ()  # settings that are mappings themselves: "model.layers"
+    measures: tuple[str, ...] = ()  # what a sweep that asks for nothing shows
 
 
 POINT = "point"  # the factor whose levels are the points of a search
@@ -38,9 +39,10 @@ TASKS = {
         "hopdeq_lwpf.sweeps.trials.train_trial:run_trial",
         ("seed", "out", "resume", "threads"),
         ("model", "data", "iterations"),
+        ("val/accuracy", "epoch_cpu_seconds"),
     ),
-    "sdm": Task(SdmSpec, "hopdeq_lwpf.sweeps.trials.sdm_trial:run_trial"),
-    "graph": Task(GraphSpec, "hopdeq_lwpf.sweeps.trials.graph_trial:run_trial"),
+    "sdm": Task(SdmSpec, "hopdeq_lwpf.sweeps.trials.sdm_trial:run_trial", measures=("cosine", "steps")),
+    "graph": Task(GraphSpec, "hopdeq_lwpf.sweeps.trials.graph_trial:run_trial", measures=("error", "steps")),
 }
 
 
@@ -135,7 +137,8 @@ class SweepSpec:
     )
     seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "of weights, data order and dropout; one trial each")
     measures: tuple[str, ...] = option(
-        ("val/accuracy", "epoch_cpu_seconds"), "numbers of a trial in the table; the first is its score"
+        (),
+        "numbers of a trial in the table; the first is its score; empty: the two that its task usually asks",
     )
     last: int = option(1, "epochs at the end that scores and monitors are averaged over")
     workers: int = option(2, "processes that train, each on one thread")
@@ -161,6 +164,7 @@ class SweepSpec:
         object.__setattr__(self, "set", _mapping("set", self.set))
         object.__setattr__(self, "grid", _mapping("grid", self.grid))
         choice("task", self.task, tuple(TASKS))
+        object.__setattr__(self, "measures", self.measures or TASKS[self.task].measures)
         known = [name for name in settings.names("models") if name.startswith("train_")]
         if self.task == "train" and self.base is None:
             raise SpecError(f"base is missing: the settings that trials start from, one of {known}")

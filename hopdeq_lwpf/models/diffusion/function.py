@@ -296,14 +296,19 @@ class DiffusionRetrieval(Association):
         if blocks <= 1:
             return of(z, c)
         size = -(-z.shape[-2] // blocks)
+        whole: Tensor | None = None
         parts = []
         for first in range(0, z.shape[-2], size):
             part, narrowed = z[..., first : first + size, :], _states(c, z.shape[-2], first, size)
             if torch.is_grad_enabled():
                 parts.append(checkpoint(of, part, narrowed, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(of(part, narrowed))
-        return torch.cat(parts, -2)
+                continue
+            made = of(part, narrowed)
+            # One tensor for all: small results that stay between the large ones that go would fragment the memory.
+            if whole is None:
+                whole = made.new_empty((*z.shape[:-1], made.shape[-1]))
+            whole[..., first : first + size, :] = made
+        return torch.cat(parts, -2) if whole is None else whole
 
 
 def _states(c: RetrievalContext, states: int, first: int, size: int) -> RetrievalContext:

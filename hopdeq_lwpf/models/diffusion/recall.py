@@ -85,17 +85,12 @@ def retrieve_on_graph(  # noqa: PLR0913 (one call with keywords is the point)
         inject=inject,
         inject_weight=inject_weight,
     )
-    strength = make_strength("eta", eta)
+    time = make_strength("eta", eta)
     query = _cleared("query_mask", query, query_mask, batch)
     stored = _cleared("mask", patterns, mask, batch)
-    if not strength.off:
-        made = _graph("pattern_graph", pattern_graph, graph, stored, mask, batch)
-        time = strength.over(batch, stored)
-        own = isinstance(time, Tensor) and time.ndim > 0
-        if own or made.batch not in ((), tuple(stored.shape[:-2])):
-            made, stored = made.expand(batch), stored.expand(*batch, *stored.shape[-2:])
-        operator = diffusion_operator(diffusion, made.laplacian(laplacian), time)
-        stored = operator.expand(tuple(stored.shape[:-2]))(stored)
+    if not time.off:
+        near = _graph("pattern_graph", pattern_graph, graph, stored, mask, batch)
+        stored = _diffused(stored, near, time, batch, laplacian, diffusion)
     of_states = None
     if not (f.lam.off and f.logit_eta.off):
         of_states = _graph("query_graph", query_graph, graph, query, query_mask, batch).laplacian(laplacian)
@@ -106,22 +101,32 @@ def retrieve_on_graph(  # noqa: PLR0913 (one call with keywords is the point)
     x = f.prepare(heads, read_values=True)
     make_solver(solver)
     make_adjoint(adjoint)
-    if steps is None:
-        z0 = f.init(x).detach() if inject == "input" else f.init(x)
-        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace}
-        solution = fixed_point(f, x, z0, read_out=True, **options)  # type: ignore[arg-type]
-        return _recall(f, x, solution, solution.state)
-    solution = fixed_point(f, x, f.init(x), steps=steps, stop=stop, trace=trace, read_out=True)
-    with torch.no_grad():
-        read_at = f.init(x)
-        for _ in range(steps - 1):
-            read_at = f(read_at, x)
-    return _recall(f, x, solution, read_at)
+    options = {"steps": steps, "stop": stop, "trace": trace, "read_out": True}
+    if steps is not None:
+        return _recall(f, x, fixed_point(f, x, f.init(x), **options), steps)  # type: ignore[arg-type]
+    z0 = f.init(x).detach() if inject == "input" else f.init(x)
+    solution = fixed_point(f, x, z0, solver=solver, adjoint=adjoint, **options)  # type: ignore[arg-type]
+    return _recall(f, x, solution, steps)
 
 
-def _recall(f: DiffusionRetrieval, x: DiffusionContext, solution: Solution, read_at: Tensor) -> Recall:
+def _diffused(  # noqa: PLR0913
+    stored: Tensor, near: Graph, time: Strength, batch: tuple[int, ...], laplacian: str, diffusion: str
+) -> Tensor:
+    """The stored patterns after their diffusion, one set for all samples where they and what moves them are."""
+    eta = time.over(batch, stored)
+    own = isinstance(eta, Tensor) and eta.ndim > 0
+    if own or near.batch not in ((), tuple(stored.shape[:-2])):
+        near, stored = near.expand(batch), stored.expand(*batch, *stored.shape[-2:])
+    operator = diffusion_operator(diffusion, near.laplacian(laplacian), eta)
+    return operator.expand(tuple(stored.shape[:-2]))(stored)
+
+
+def _recall(f: DiffusionRetrieval, x: DiffusionContext, solution: Solution, steps: int | None) -> Recall:
     """The solution with what it says of the memories that the queries are at, in the state that is read out."""
     with torch.no_grad():
+        read_at = solution.state if steps is None else f.init(x)
+        for _ in range((steps or 1) - 1):
+            read_at = f(read_at, x)
         weight, index, support = f.nearest(read_at.detach(), x)
         return Recall(
             **{field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)},

@@ -87,8 +87,7 @@ class Driver:
             if key in self._busy:
                 self._same.setdefault(key, []).append(claim)
             elif claim.source.knows(self._records.get(key)):  # of a search that proposes a point again
-                self._tell(claim, self._records[key])
-                self._advance(self._line(claim.trial, self._records[key]))
+                self._repeat(claim)
             else:
                 self._submit(claim)
 
@@ -97,14 +96,14 @@ class Driver:
             return None
         for source in list(self._sources):
             self._sources.append(self._sources.pop(0))  # in turns
-            try:
-                while source.left:
+            while source.left:
+                try:
                     claim = source.next()
-                    if claim is not None:
-                        return claim
-            except SpecError as error:
-                self._advance(f"FAILED, a point of the search makes no sense: {error}")
-                return self._next()
+                except SpecError as error:
+                    self._advance(f"FAILED, a point of the search makes no sense: {error}")
+                    continue
+                if claim is not None:
+                    return claim
         return None
 
     def _submit(self, claim: Claim) -> None:
@@ -132,17 +131,29 @@ class Driver:
             self._say(f"{name}: {failure['message']}; retry {claim.attempt + 1} of {self._retries}")
             return
         record = self._record(claim, answer)
-        try:
-            add_record(self._folder / TRIALS, record)
-        except OSError as error:
-            raise StorageError(self._full(str(error))) from error
-        self._records[key] = record
+        self._keep(record)
         self._tell(claim, record)
         self._tidy(claim, record)
         self._advance(self._line(claim.trial, record))
         for same in self._same.pop(key, []):
-            self._tell(same, record)
-            self._advance(self._line(same.trial, record))
+            self._repeat(same)
+
+    def _keep(self, record: Record) -> None:
+        try:
+            add_record(self._folder / TRIALS, record)
+        except OSError as error:
+            raise StorageError(self._full(str(error))) from error
+        self._records[record["hash"]] = record
+
+    def _repeat(self, claim: Claim) -> None:
+        """Tell of a trial that has ended before; the record says of every search that it is one of its points."""
+        record = self._records[claim.trial.hash]
+        if isinstance(claim.source, SearchSource):
+            found = claim.source.adopted(claim.params, record)
+            if found is not record:
+                self._keep(found)
+        self._tell(claim, record)
+        self._advance(self._line(claim.trial, record))
 
     def _tell(self, claim: Claim, record: Record) -> None:
         ended = None if record["failure"] is not None else claim.source.ended(claim.params, record)

@@ -87,5 +87,5 @@ def _of_disk(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno in DISK:
             return True
         seen.add(id(error))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

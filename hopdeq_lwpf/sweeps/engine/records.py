@@ -13,6 +13,7 @@ import numpy as np
 
 from hopdeq_lwpf.data import DataError
 from hopdeq_lwpf.sweeps.engine.lines import add_line
+from hopdeq_lwpf.sweeps.engine.search import MAXIMIZE, direction_of
 
 Record = Mapping[str, Any]
 
@@ -56,6 +57,16 @@ def add_record(path: Path, record: Record) -> None:
 def is_complete(record: Record | None) -> bool:
     """Whether a trial has run to its end, neither failed nor pruned."""
     return record is not None and _rank(record) == 2
+
+
+def point_of(record: Record, study: str) -> Mapping[str, Any] | None:
+    """The params by which the search called `study` knows a trial; None where it is none of its points.
+
+    "search" is the one that ran it, "also" has those that proposed the same settings later.
+    """
+    own: Mapping[str, Any] = record.get("search", {})
+    found: Mapping[str, Any] | None = own["params"] if own.get("study") == study else None
+    return found if found is not None else record.get("also", {}).get(study)
 
 
 def _rank(record: Record) -> int:
@@ -126,13 +137,15 @@ def measures(record: Record, last: int, metric: str) -> dict[str, float | None]:
     """Numbers of one trial, None where unknown: scores and monitors over the last epochs, costs.
 
     metric: what the score is, such as val/accuracy.
-    score, train_score: means over the last `last` epochs; score_best, score_end: over all, and of the last.
+    score, train_score: means over the last `last` epochs, or the cost of that name; score_best, score_end: the best of
+    all, by `search.direction_of`, and that of the last.
     val/accuracy and others by their names, then the monitors, then the costs.
     """
     course: Mapping[str, list[float | None]] = record["curves"]
+    best = max if direction_of(metric) == MAXIMIZE else min
     numbers: dict[str, float | None] = {
         "score": _over(course.get(metric, [])[-last:], metric),
-        "score_best": max((v for v in course.get(metric, []) if v is not None), default=None),
+        "score_best": best((v for v in course.get(metric, []) if v is not None), default=None),
         "score_end": (course.get(metric) or [None])[-1],
         "train_score": _over(course.get(f"train/{metric.rsplit('/', 1)[-1]}", [])[-last:], metric),
     }
@@ -144,8 +157,11 @@ def measures(record: Record, last: int, metric: str) -> dict[str, float | None]:
     for name, values in course.items():
         if name not in numbers:
             numbers[name] = _over(values[-last:], name)
-    costs = record["costs"]
-    return {**numbers, **{name: _finite(costs.get(name)) for name in COSTS}}
+    # A trial that measures "seconds" itself means other ones than those of the whole trial.
+    costs = {name: _finite(record["costs"].get(name)) for name in COSTS if name not in course}
+    if metric in costs:
+        numbers["score"] = costs[metric]
+    return {**numbers, **costs}
 
 
 COSTS = ("seconds", "epoch_seconds", "epoch_cpu_seconds", "saved_bytes", "parameters")

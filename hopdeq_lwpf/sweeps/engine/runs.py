@@ -18,7 +18,6 @@ from rich.console import Console
 
 from hopdeq_lwpf._checks import SpecError
 from hopdeq_lwpf.sweeps.engine.database import import_optuna
-from hopdeq_lwpf.sweeps.engine.driver import FOLDERS as FOLDERS
 from hopdeq_lwpf.sweeps.engine.driver import Driver
 from hopdeq_lwpf.sweeps.engine.executors import build_executor
 from hopdeq_lwpf.sweeps.engine.jobs import DISK

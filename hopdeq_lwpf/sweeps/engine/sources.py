@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hopdeq_lwpf._checks import SpecError
-from hopdeq_lwpf.sweeps.engine.records import is_complete
+from hopdeq_lwpf.sweeps.engine.records import is_complete, point_of
 from hopdeq_lwpf.sweeps.engine.search import SearchSpec
 from hopdeq_lwpf.sweeps.engine.state import SEED, Ended, Plan, State, Storage
 
@@ -156,9 +156,9 @@ class SearchSource:
         self._make, self._score, self._name = make, score, plan.name()
         self.state = storage.study(plan)
         ended = {
-            key: self._known(record)
+            key: self._known(params, record)
             for key, record in records.items()
-            if record["failure"] is None and self._own(record)
+            if record["failure"] is None and (params := point_of(record, self._name)) is not None
         }
         self.state.reconcile(ended)
         asked, self._waiting = self.state.asked()
@@ -196,19 +196,22 @@ class SearchSource:
         """What a record says of the search that it belongs to."""
         return {"study": self._name, "params": dict(params)}
 
+    def adopted(self, params: Mapping[str, Any], record: Record) -> Record:
+        """The record, saying that it is a point of this search, too; the same object where it says so."""
+        if point_of(record, self._name) is not None:
+            return record
+        return {**record, "also": {**record.get("also", {}), self._name: dict(params)}}
+
     def knows(self, record: Record | None) -> bool:
         """Whether the trial of a record is complete, or was pruned by this search."""
-        own = record is not None and record["failure"] is None and self._own(record)
-        return own or is_complete(record)
+        if record is None or record["failure"] is not None:
+            return False
+        return point_of(record, self._name) is not None or is_complete(record)
 
     def ended(self, params: Mapping[str, Any], record: Record) -> Ended:
         """What the study is told of a record."""
         attrs = {"cell": record.get("name", ""), "seed": record["seed"], "folder": record["folder"]}
         return Ended(params, self._score(None, record), record.get("pruned") is not None, attrs)
 
-    def _own(self, record: Record) -> bool:
-        study: str | None = record.get("search", {}).get("study")
-        return study == self._name
-
-    def _known(self, record: Record) -> Callable[[], Ended]:
-        return lambda: self.ended(record["search"]["params"], record)
+    def _known(self, params: Mapping[str, Any], record: Record) -> Callable[[], Ended]:
+        return lambda: self.ended(params, record)

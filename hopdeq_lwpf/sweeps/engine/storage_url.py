@@ -29,6 +29,13 @@ def sqlite_file(url: str | None) -> Path | None:
     return Path(name) if name and name != ":memory:" else None
 
 
+def without_password(url: str) -> str:
+    """The URL as a file may hold it: the password stands up to the last @ before the host."""
+    scheme, colon, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}{colon}{user.partition(':')[0]}{at}{host}"
+
+
 def hidden(url: str) -> str:
     """The URL without its password, for messages."""
     scheme, colon, rest = url.partition("://")

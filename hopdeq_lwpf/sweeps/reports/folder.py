@@ -44,16 +44,19 @@ def report(spec: ReportSpec) -> tuple[list[Grid], list[str], list[Path]]:
         asked = replace(asked, baseline={**asked.baseline, **spec.levels()})
     done = sweep.load(asked)
     paths = sweep_report.write_results(done, spec.out)
-    said = [*sweep_results.findings(done), *notes(done.records, asked.out)]
+    said = [*sweep_results.findings(done), *notes(done.records, asked.out, done.stopped)]
     return sweep_results.summaries(done, LINES), said, paths
 
 
-def notes(records: Sequence[Mapping[str, Any] | None], folder: str) -> list[str]:
-    """What a reader should know of the files: trials of other settings, a format that is not there."""
+def notes(records: Sequence[Mapping[str, Any] | None], folder: str, stopped: int = 0) -> list[str]:
+    """What a reader should know of the files: trials of other settings, a format that is not there.
+
+    stopped: how many of the trials that were stopped early the findings name.
+    """
     own = {record["hash"] for record in records if record is not None}
     rest = [record for key, record in read_records(Path(folder) / TRIALS).items() if key not in own]
     pruned = sum(record.get("pruned") is not None for record in rest)
-    others = len(rest) - pruned
+    others, pruned = len(rest) - pruned, pruned - stopped
     said = [f"The folder holds {others} trials of other settings, which count nowhere here."] * bool(others)
     said += [f"A search stopped {pruned} trials early; they count nowhere here."] * bool(pruned)
     return [*said, *([parquet_note()] if parquet_note() else [])]

@@ -14,6 +14,7 @@ import yaml
 
 from hopdeq_lwpf._checks import SpecError, did_you_mean
 from hopdeq_lwpf.documents import read_document
+from hopdeq_lwpf.sweeps.engine.storage_url import without_password
 from hopdeq_lwpf.sweeps.study_spec import StudySpec
 from hopdeq_lwpf.sweeps.sweep_spec import SweepSpec
 
@@ -63,7 +64,7 @@ def public(spec: Spec) -> dict[str, Any]:
     """Every setting, without the password in the URL of a database, which .pgpass or PGPASSWORD may hold instead."""
     values = spec.as_dict()
     if isinstance(values.get("storage"), str):
-        values["storage"] = re.sub(r"(://[^/@:]*):[^@]*@", r"\1@", values["storage"])
+        values["storage"] = without_password(values["storage"])
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from html import escape
@@ -26,7 +27,7 @@ from hopdeq_lwpf.sweeps.reports.settings_file import NAME, public, settings_text
 from hopdeq_lwpf.sweeps.reports.sweep_plots import draw
 from hopdeq_lwpf.sweeps.reports.sweep_results import Sweep, findings, summaries
 from hopdeq_lwpf.sweeps.reports.tables import latex, markdown_table, write_rows
-from hopdeq_lwpf.sweeps.sweep_spec import SweepTrial
+from hopdeq_lwpf.sweeps.sweep_spec import POINT, SweepTrial
 
 METHOD = """Every trial has the settings of the base and of its cell. The seed sets all that is drawn (initial weights,
 order of the data, dropout; patterns and noise), so that trials of one seed differ in the cell alone, and cells are
@@ -100,18 +101,30 @@ def command(sweep: Sweep, trial: SweepTrial) -> str:
     """The line that runs a trial alone, into a folder of its own."""
     base = sweep.spec.base
     if base is None:
-        only = yaml.safe_dump([dict(trial.cell.levels)], default_flow_style=True, width=1e9).strip()
+        levels = dict(trial.cell.levels)
+        found = _point(sweep, levels.pop(POINT, None))
+        only = yaml.safe_dump([levels], default_flow_style=True, width=1e9).strip()
         words = [
             "hopdeq-lwpf",
             "sweep",
             str(Path(sweep.spec.out) / NAME),
             "--seeds",
             str(trial.seed),
-            "--only",
-            only,
+            *(["--only", only] if levels else []),
+            *found,
         ]
         return shlex.join([*words, "--out", f"results/{trial.folder}"])
     return train_command(base, settings.find("models", base), trial.settings(), f"results/{trial.folder}")
+
+
+def _point(sweep: Sweep, name: str | None) -> list[str]:
+    """What makes one point of the search in settings.yaml of it, where the trial is one."""
+    if name is None or name not in sweep.spec.grid.get(POINT, {}):
+        return []
+    words = ["--search", "{}"]
+    for key, value in sweep.spec.grid[POINT][name].items():
+        words += ["--set", f"{key}={json.dumps(value)}"]
+    return words
 
 
 def _write_page(sweep: Sweep, captions: Mapping[str, str], folder: Path) -> Path:

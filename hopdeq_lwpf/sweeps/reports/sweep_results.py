@@ -25,16 +25,20 @@ PERCENT = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """The trials of a spec and their records, in the same order; None for a trial that was not run yet."""
+    """The trials of a spec and their records, in the same order; None for a trial that was not run yet.
+
+    stopped: how many more a search stopped early; they count nowhere.
+    """
 
     spec: SweepSpec
     trials: tuple[SweepTrial, ...]
     records: tuple[Mapping[str, Any] | None, ...]
+    stopped: int = 0
 
     def __post_init__(self) -> None:
         numbers: dict[tuple[Cell, int], dict[str, float | None]] = {}
         for trial, record in zip(self.trials, self.records, strict=True):
-            if record is not None and record["failure"] is None and record.get("pruned") is None:
+            if record is not None and record["failure"] is None:
                 found = measures(record, self.spec.last, self.spec.measures[0])
                 numbers[trial.cell, trial.seed] = found
         object.__setattr__(self, "_numbers", numbers)
@@ -67,10 +71,6 @@ class Sweep:
         """The trials that failed, with their records."""
         pairs = zip(self.trials, self.records, strict=True)
         return [(trial, record) for trial, record in pairs if record and record["failure"] is not None]
-
-    def pruned(self) -> int:
-        """How many trials a search stopped early; they count nowhere."""
-        return sum(record is not None and record.get("pruned") is not None for record in self.records)
 
     def missing(self) -> int:
         """How many trials were not run yet."""
@@ -215,10 +215,11 @@ def _pairs(sweep: Sweep, found: list[Pair]) -> Grid:
 
 def findings(sweep: Sweep) -> list[str]:
     """What the numbers support, in sentences made from them."""
-    lost = len(sweep.failures()) + sweep.missing() + sweep.pruned()
-    pruned = f"{sweep.pruned()} stopped early, " if sweep.pruned() else ""
+    lost = len(sweep.failures()) + sweep.missing()
+    stopped = f"{sweep.stopped} stopped early, " if sweep.stopped else ""
+    count = len(sweep.trials) + sweep.stopped
     said = [
-        f"Trials: {len(sweep.trials) - lost} of {len(sweep.trials)} finished, {len(sweep.failures())} failed, {pruned}"
+        f"Trials: {len(sweep.trials) - lost} of {count} finished, {len(sweep.failures())} failed, {stopped}"
         f"{sweep.missing()} not run; seeds {', '.join(map(str, sweep.spec.seeds))}."
     ]
     if len(sweep.spec.seeds) == 1:

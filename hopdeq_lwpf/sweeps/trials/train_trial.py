@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hopdeq_lwpf.sweeps.engine.epoch_reports import Reports
 from hopdeq_lwpf.sweeps.engine.jobs import failure
 from hopdeq_lwpf.sweeps.engine.records import curves
-from hopdeq_lwpf.sweeps.engine.versions import versions as versions
+from hopdeq_lwpf.sweeps.engine.versions import versions
 from hopdeq_lwpf.training.checkpoints import LAST, CheckpointError
 from hopdeq_lwpf.training.datasets import build_data
 from hopdeq_lwpf.training.learner import Learner
