@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.memory import Peak
 from benchmarks.timing import interleaved
 from hopdeq_lwpf import Termination
 from hopdeq_lwpf.data import make_curve
@@ -36,25 +36,25 @@ def solve(nodes: int) -> dict[str, object]:
     graph = KNN(NEIGHBORS, sparse=True)
     few = points.query[:64]
     retrieve_on_graph(few, few, beta=BETA, lam=LAM, eta=ETA, graph=graph)  # what a first call loads
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    made = graph(points.query)
-    middle = time.perf_counter()
-    found = retrieve_on_graph(
-        points.query, points.stored, beta=BETA, lam=LAM, eta=ETA, graph=graph, query_graph=made
-    )
-    seconds = time.perf_counter() - middle
+    with Peak() as peak:
+        start = time.perf_counter()
+        made = graph(points.query)
+        middle = time.perf_counter()
+        found = retrieve_on_graph(
+            points.query, points.stored, beta=BETA, lam=LAM, eta=ETA, graph=graph, query_graph=made
+        )
+        seconds = time.perf_counter() - middle
     assert made.edge is not None
     return {
         "part": "solve, sparse", "nodes": nodes, "edges": made.edge.shape[1] // 2,
         "seconds of the graph": middle - start, "seconds": seconds, "evaluations": int(found.evaluations),
         "residual": float(found.residual), "converged": bool(found.converged),
-        "MB above start": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        "MB above start": peak.above,
     }  # fmt: skip
 
 
 def _in_own_process(nodes: int) -> dict[str, object]:
-    """Peak memory is that of a process, so that each size gets its own."""
+    """Memory that was freed may stay with a process, so that each size gets its own."""
     code = (
         "import json, sys, torch; from benchmarks.diffusion import solve; "
         f"torch.set_num_threads({torch.get_num_threads()}); print(json.dumps(solve({nodes})))"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks.memory import Peak
 from hopdeq_lwpf.models.sdm.experiments import TABLE, GridSettings, run_grid
 from hopdeq_lwpf.models.sdm.memory import SDM
 from hopdeq_lwpf.models.sdm.neuron_memory import NeuronMemory
@@ -19,36 +18,6 @@ GRIDS = (
     GridSettings(n=1000, radii=(411, 431, 447, 480), flips=(0, 125, 250, 375), neurons=1e6),
 )
 ROUNDS = 3
-
-
-def _resident() -> float:
-    """MB of this process."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * 4096 / 1e6
-
-
-class _Peak:
-    """The highest resident memory while the block runs, above that at its start, MB; sampled each 2 ms."""
-
-    def __enter__(self) -> _Peak:
-        self.base = self.highest = _resident()
-        self.running = True
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self.running:
-            self.highest = max(self.highest, _resident())
-            time.sleep(0.002)
-
-    def __exit__(self, *_: object) -> None:
-        self.running = False
-        self.thread.join()
-
-    @property
-    def above(self) -> float:
-        return self.highest - self.base
 
 
 def _neurons(d: int) -> list[dict[str, object]]:
@@ -65,7 +34,7 @@ def _neurons(d: int) -> list[dict[str, object]]:
         "read": lambda: written(query),
     }
     for name, call in calls.items():
-        with _Peak() as peak:  # of the first call, since what it frees may stay with the process
+        with Peak() as peak:  # of the first call, since what it frees may stay with the process
             call()
         times = []
         for _ in range(ROUNDS):

@@ -289,7 +289,7 @@ class Hopfield(HopfieldModule):
     def _record(self, heads: Heads, threshold: Tensor | None, z: Tensor, solved: Solution | None) -> None:
         if torch.compiler.is_compiling() or transformed():
             return
-        held, drawn = pytree.tree_map(_detached, heads), _detached(threshold)
+        held, drawn = Heads(*map(_detached, heads)), _detached(threshold)
         stop = self.equilibrium.stop
         self.last_association = Associated(self.f, held, drawn, z.detach(), self.steps, stop, solved)
 
@@ -353,4 +353,6 @@ def _through(projection: nn.Linear | None, patterns: Tensor) -> Tensor:
 
 
 def _detached(part: Any) -> Any:
-    return part.detach() if isinstance(part, Tensor) else part
+    if part is None or isinstance(part, Tensor):
+        return part if part is None else part.detach()
+    return pytree.tree_map_only(Tensor, Tensor.detach, part)  # of a graph
