@@ -37,7 +37,7 @@ class HopfieldModule(nn.Module):
         hflayers.load(self, state_dict)
 
     def _core(self) -> Hopfield:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override _core()")
 
     def _last(self) -> Associated | None:
         return self._core().last_association

@@ -35,7 +35,7 @@ class _Wrapper(HopfieldModule):
         return self.core(**{**{field.name: getattr(options, field.name) for field in fields}, **changes})
 
     def _parts(self, input: Any) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override _parts(input)")
 
     def _laid(self, learned: Tensor) -> Tensor:
         """(quantity, width) as a batch of one."""
