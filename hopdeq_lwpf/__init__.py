@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hopdeq_lwpf.solvers import Termination as Termination
     from hopdeq_lwpf.solvers import fixed_point as fixed_point
     from hopdeq_lwpf.storage import load_solution as load_solution
+    from hopdeq_lwpf.streaming.files import open_patterns as open_patterns
 
 # Where each public name lives. They are looked up when first used: the command line needs the version at
 # once and torch only when there is work to do.
@@ -35,6 +36,7 @@ _HOME = {
     "find": "settings",
     "fixed_point": "solvers",
     "load_solution": "storage",
+    "open_patterns": "streaming.files",
     "retrieve": "recall",
 }
 _MODULES = ("diagnostics", "forgetting", "models", "solvers")

@@ -196,7 +196,7 @@ class PFU(Forgetting):
     def draw(self, scores: Tensor, mask: Mask = None) -> Tensor | None:
         """Threshold with noise, or the noise alone if tracked: (*batch, 1), a scalar with scope="tensor"."""
         _check_scores(scores)
-        noise = self._draw_noise(scores)
+        noise = self.draw_noise(scores)
         if self.threshold != "median":
             return None if noise is None else noise + float(self.threshold)
         if self.tracked:
@@ -237,7 +237,8 @@ class PFU(Forgetting):
         median = visible.nanmedian() if whole else visible.nanmedian(-1, keepdim=True).values
         return median.masked_fill(mask.all() if whole else mask.all(-1, keepdim=True), 0.0)
 
-    def _draw_noise(self, scores: Tensor) -> Tensor | None:
+    def draw_noise(self, scores: Tensor) -> Tensor | None:
+        """Noise of the threshold for scores (*batch, N) of any N: (*batch, 1), or a scalar; None without noise."""
         if not self.training or self.noise == 0:
             return None
         # Drawn in float32 for half dtypes, so that one seed means the same noise in each.

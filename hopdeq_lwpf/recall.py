@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._layout import group, without_padding
+from hopdeq_lwpf._layout import check_input, group, without_padding
 from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
-from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, StreamedContext, combine, streams
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
-from hopdeq_lwpf.solvers.base import Solver
+from hopdeq_lwpf.solvers.base import Solver, transformed
 from hopdeq_lwpf.solvers.registry import make_solver
 from hopdeq_lwpf.solvers.solve import check_steps, fixed_point
 from hopdeq_lwpf.solvers.termination import Termination
+from hopdeq_lwpf.streaming import PatternSource, TensorPatterns, as_source
+
+Patterns: TypeAlias = Tensor | PatternSource | Sequence[Tensor] | Callable[[], Iterable[Tensor]]
+# Scores of all queries with all patterns from which on a tensor is looked at in blocks: 64 MiB in float32, of which a
+# step needs several.
+STREAM_FROM = 2**24
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,10 @@ class Recall(Solution):
 
 def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     query: Tensor,
-    patterns: Tensor,
+    patterns: Patterns,
     *,
     beta: float | Tensor = 1.0,
-    values: Tensor | None = None,
+    values: Tensor | PatternSource | None = None,
     forgetting: None | str | Forgetting = None,
     separation: str | Separation = "softmax",
     mask: Tensor | None = None,
@@ -54,15 +62,21 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     stop: Termination = Termination(),  # noqa: B008 (frozen)
     adjoint: str | Adjoint = "implicit",
     trace: bool = False,
+    stream: bool | None = None,
 ) -> Recall:
     """Recall stored patterns from queries: one step of attention, k steps, or the converged dynamics.
 
-    query (*batch, d); patterns (N, d), or sets as in `Retrieval.prepare`; values: what is read out instead of
-    the patterns, (N, dv) or with the patterns' leading dimensions. mask: bool, True = ignore.
+    query (*batch, d); patterns (N, d), or sets as in `Retrieval.prepare`, or a source of blocks: `open_patterns(file)`,
+    a list of tensors (n, d), a function that returns an iterator of them, `ShardedPatterns`; values: what is read out
+    instead of the patterns, (N, dv) or with the patterns' leading dimensions, or a mapped file. mask: bool, True =
+    ignore.
     beta, forgetting, separation, inject, inject_weight, similarity, normalize: see `Retrieval`.
     steps: how many times the separation function is applied: k - 1 state updates with the patterns and one
         read-out with the values, so that 1 is attention; None reads out at the equilibrium.
     solver, stop, adjoint, trace: see `fixed_point`.
+    stream: whether the patterns are looked at in blocks, so that memory does not grow with N: the same result to
+        rounding, and no second derivatives. None: sources always, and a tensor (N, d) from 2**24 scores (B N) on where
+        separation and forgetting allow it; there it is faster too.
 
     Returns a Recall whose `value` is the read-out (*batch, dv) without the injected query, with gradient, and
     whose `state` is the equilibrium, or the k-th iterate. The read-out is weights @ values, 0 where everything
@@ -81,19 +95,79 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
         similarity=similarity,
         normalize=normalize,
     )
-    x = f.prepare(query, patterns, mask)
-    read = None if values is None else _lay_values(values, query, patterns, mask)
-    if steps is None:
-        # A query that enters every step keeps its gradient there; the one through z0 is zero.
-        z0 = f.init(x).detach() if inject == "input" else f.init(x)
-        options = {"solver": solver, "stop": stop, "adjoint": adjoint, "trace": trace}
-        return _recall(f, x, fixed_point(f, x, z0, read_out=True, **options), read)  # type: ignore[arg-type]
+    given = _source(f, query, patterns, mask, stream)
+    x = f.prepare(query, given, mask)
+    read = None
+    if isinstance(x, StreamedContext):
+        x = x if values is None else x.with_values(values)
+    elif values is not None:
+        read = _lay_values(cast(Tensor, values), query, cast(Tensor, patterns), mask)
     # The names are checked although k steps use neither, so that a misspelt one is never silent.
     make_solver(solver)
     make_adjoint(adjoint)
-    return _recall(
-        f, x, fixed_point(f, x, f.init(x), steps=steps, stop=stop, trace=trace, read_out=True), read
-    )
+    if steps is None:
+        # A query that enters every step keeps its gradient there; the one through z0 is zero.
+        z0 = f.init(x).detach() if inject == "input" else f.init(x)
+        solution = fixed_point(
+            f, x, z0, solver=solver, stop=stop, adjoint=adjoint, trace=trace, read_out=True
+        )
+    else:
+        solution = fixed_point(f, x, f.init(x), steps=steps, stop=stop, trace=trace, read_out=True)
+    if isinstance(x, StreamedContext):
+        return _recall_streamed(f, x, solution, solved=steps is None)
+    return _recall(f, x, solution, read)
+
+
+def _source(
+    f: Retrieval, query: Tensor, patterns: Patterns, mask: Tensor | None, stream: bool | None
+) -> Tensor | PatternSource:
+    """The patterns as they are looked at: a tensor, or blocks."""
+    if stream not in (None, True, False):
+        raise TypeError(f"stream must be None, True or False, got {stream!r}")
+    source = as_source(patterns)
+    if source is not None:
+        if stream is False:
+            raise ValueError(f"stream=False needs patterns as a tensor, got {source!r}")
+        return source
+    assert isinstance(patterns, Tensor)
+    check_input(query, patterns, mask)
+    if stream is None:
+        large = patterns.ndim == 2 and query.shape[:-1].numel() * len(patterns) >= STREAM_FROM
+        stream = large and streams(f) and not transformed() and not torch.compiler.is_compiling()
+    if stream and patterns.ndim != 2:
+        raise ValueError(
+            f"stream=True needs patterns (N, d) that all queries share, got {tuple(patterns.shape)}"
+        )
+    return TensorPatterns(patterns) if stream else patterns
+
+
+def _recall_streamed(f: Retrieval, x: StreamedContext, solution: Solution, *, solved: bool) -> Recall:
+    """What the read-out of a streamed solution saw."""
+    found, shape = x.look.attended, solution.result.shape
+    assert found is not None
+    assert found.top is not None
+    assert found.first is not None
+    assert x.look.support is not None
+    value = solution.value
+    if x.values is None and f.normalization is not None:
+        value = f.normalization.apply(value)
+    with torch.no_grad():
+        weight = (found.top - found.lse).exp()
+        if f.similarity == "euclidean":
+            weight = weight / found.mass.masked_fill(found.mass == 0, 1.0)
+        energy = None
+        if f.has_energy:
+            state = solution.state.detach()
+            # At an equilibrium the read-out has seen the state; after k steps it saw the one before.
+            energy = f.energy_from(state, found.lse, x) if solved else f.energy(state, x)
+        fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)}
+        return Recall(
+            **{**fields, "value": value},
+            index=found.first.masked_fill(~(weight > 0), -1).reshape(shape),
+            weight=weight.to(solution.state.dtype).reshape(shape),
+            support=x.look.support.reshape(shape),
+            energy=energy,
+        )
 
 
 def _recall(f: Retrieval, x: RetrievalContext, solution: Solution, values: Tensor | None) -> Recall:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +22,26 @@ from hopdeq_lwpf._layout import (
 from hopdeq_lwpf._types import Matvec, identity, unknown, wide
 from hopdeq_lwpf.forgetting import Forgetting, make_forgetting
 from hopdeq_lwpf.normalization import Normalization, make_normalization
+from hopdeq_lwpf.retrieval import streamed
+from hopdeq_lwpf.retrieval.context import (
+    RetrievalContext,
+    active_set,
+    asked_similarity,
+    combine,
+    less_products,
+    make_half_squares,
+    piece_of,
+    products,
+    times,
+    without_autocast,
+)
+from hopdeq_lwpf.retrieval.streamed import StreamedContext
 from hopdeq_lwpf.separation import Separation, make_separation
+from hopdeq_lwpf.streaming import PatternSource
 
 INJECT = ("start", "input")
 SIMILARITIES = ("dot", "euclidean")
-# Share of the weights below which the patterns at the threshold cannot put a kink into f that a solver feels.
-NEGLIGIBLE = 1e-3
-
-
-class RetrievalContext(NamedTuple):
-    """What stays fixed during a solve; built by `Retrieval.prepare`. B = number of queries."""
-
-    patterns: Tensor  # (N, d) shared by all queries, or (G, N, d): one set a group of L queries, B = G L
-    beta: Tensor | float  # a number, a scalar tensor or (B, 1)
-    mask: Tensor | None  # bool (N,) or (B, N); True = ignore
-    threshold: Tensor | None  # of the forgetting unit: (B, 1) or a scalar
-    injected: Tensor | None  # (B, d): inject_weight * query
-    start: Tensor  # (*batch, d): the state that the query makes
-    pull: Tensor | float | None = None  # inject_weight as beta is laid out, where f divides by it
-    half_squares: Tensor | None = None  # (N,) or (G, N): |xi|^2 / 2; None where scores need none, or make it
-    bias: Tensor | None = None  # (B, N): added to the scores, of models that have such a thing (dot only)
+AnyContext: TypeAlias = RetrievalContext | StreamedContext
 
 
 class Retrieval(nn.Module):
@@ -107,7 +106,7 @@ class Retrieval(nn.Module):
         self.normalization = make_normalization(normalize)
         self.mask_in_loop = mask_in_loop
         self.inject = inject
-        self.similarity = _asked(self.separation) if similarity is None else similarity
+        self.similarity = asked_similarity(self.separation) if similarity is None else similarity
         attach(self, "beta", beta)
         attach(self, "inject_weight", inject_weight)
         self._check_similarity()
@@ -136,7 +135,7 @@ class Retrieval(nn.Module):
     @property
     def _compact(self) -> bool:
         """Whether the separation is one of bounded reach (LSR): L is not convex, and f jumps."""
-        return _asked(self.separation) == "euclidean"
+        return asked_similarity(self.separation) == "euclidean"
 
     @property
     def has_energy(self) -> bool:
@@ -147,14 +146,28 @@ class Retrieval(nn.Module):
         fits = not self._compact or (self._euclidean and self.inject == "start")
         return bool(self.mask_in_loop and self.forgetting.has_energy and self.separation.has_energy and fits)
 
-    def prepare(self, query: Tensor, patterns: Tensor, mask: Tensor | None = None) -> RetrievalContext:
+    @overload
+    def prepare(self, query: Tensor, patterns: Tensor, mask: Tensor | None = None) -> RetrievalContext: ...
+
+    @overload
+    def prepare(
+        self, query: Tensor, patterns: PatternSource, mask: Tensor | None = None
+    ) -> StreamedContext: ...
+
+    def prepare(
+        self, query: Tensor, patterns: Tensor | PatternSource, mask: Tensor | None = None
+    ) -> AnyContext:
         """Check the input, lay it out and draw the forgetting threshold from the scores at z0.
 
         query (*batch, d). patterns: (N, d) shared; with as many dimensions as the query, one set for the
         queries of its second last dimension, (B, N, d) for (B, L, d); with one more, one set a query.
         mask: bool, True = ignore: one entry a pattern (patterns' shape without d), whose patterns may then hold
             anything, NaN too; or the scores' (*batch, N), for finite patterns.
+        Patterns that are a source, such as `open_patterns(file)`, are looked at in blocks in every step. They go with
+        softmax, softmax1 and the units of `forgetting`, and have no second derivatives.
         """
+        if isinstance(patterns, PatternSource):
+            return streamed.prepare(self, query, patterns, mask)
         batch = check_input(query, patterns, mask)
         if mask is not None:
             patterns = without_padding(patterns, mask)
@@ -170,53 +183,62 @@ class Retrieval(nn.Module):
         context = RetrievalContext(patterns, beta, mask, None, injected, start)
         if self._euclidean:
             # Patterns that are learned get theirs in every step: a graph made here could be used only once.
-            squares = None if patterns.requires_grad else _half_squares(patterns)
+            squares = None if patterns.requires_grad else make_half_squares(patterns)
             context = context._replace(pull=pull, half_squares=squares)
         if type(self.forgetting).draw is Forgetting.draw:
             return context
         return context._replace(threshold=self.forgetting.draw(self._scores(start, context), mask))
 
-    def init(self, x: RetrievalContext) -> Tensor:
+    def init(self, x: AnyContext) -> Tensor:
         """z0: the query, normalised where states are."""
         return x.start
 
-    def forward(self, z: Tensor, x: RetrievalContext) -> Tensor:
+    def forward(self, z: Tensor, x: AnyContext) -> Tensor:
         """One step: (*batch, d) -> (*batch, d)."""
+        if isinstance(x, StreamedContext):
+            return streamed.image(self, z, x)
         weights, kept = self._weigh(z, x)
         return self._image(z, times(weights, kept) if self.mask_in_loop else weights, x)
 
-    def step(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor]:
-        """f(z, x) and `weights(z, x)`, (*batch, d) and (*batch, N), in one pass."""
+    def step(self, z: Tensor, x: AnyContext) -> tuple[Tensor, Tensor]:
+        """f(z, x) and what is read out, in one pass: `weights(z, x)`, (*batch, N); of streamed patterns their weighted
+        values, (*batch, dv)."""
+        if isinstance(x, StreamedContext):
+            return streamed.step(self, z, x)
         weights, kept = self._weigh(z, x)
         held = times(weights, kept)
         return self._image(z, held if self.mask_in_loop else weights, x), self._association(z, held)
 
-    def evaluate(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
+    def evaluate(self, z: Tensor, x: AnyContext) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
         """f(z, x), a function that makes E(z, x) from what that took, and the piece of f that z lies in; (*batch, d),
         (*batch), (*batch).
 
         The piece: how many patterns are kept, for LSR which ones are active; None where f is smooth.
         """
+        if isinstance(x, StreamedContext):
+            return streamed.evaluate(self, z, x)
         value, kept = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
         weights, lagrangian = self.separation.weights_then_lagrangian(value, x.mask)
         held = times(weights, kept)
         piece = None
         if self._compact:
-            piece = _active(held).reshape(z.shape[:-1])
+            piece = active_set(held).reshape(z.shape[:-1])
         elif kept is not None:
-            piece = _piece(weights, held, kept).reshape(z.shape[:-1])
+            piece = piece_of(weights, held, kept).reshape(z.shape[:-1])
         image = self._image(z, held if self.mask_in_loop else weights, x)
-        return image, lambda: self._energy(z, lagrangian(), x), piece
+        return image, lambda: self.energy_from(z, lagrangian(), x), piece
 
-    def energy(self, z: Tensor, x: RetrievalContext) -> Tensor:
+    def energy(self, z: Tensor, x: AnyContext) -> Tensor:
         """E(z): (*batch, d) -> (*batch). Ota et al. 2023, eq. 28, with beta and the injected query.
 
         With a normalisation inf where no normalised state can be.
         """
+        if isinstance(x, StreamedContext):
+            return self.energy_from(z, streamed.lagrangian(self, z, x), x)
         value, _ = self.forgetting.project(self._scores(z, x), x.threshold, x.mask)
-        return self._energy(z, self.separation.lagrangian(value, x.mask), x)
+        return self.energy_from(z, self.separation.lagrangian(value, x.mask), x)
 
-    def metric(self, z: Tensor, x: RetrievalContext) -> Matvec | None:
+    def metric(self, z: Tensor, x: AnyContext) -> Matvec | None:
         """The identity where the Jacobian J of f is symmetric at an equilibrium, else None.
 
         Dot: J = beta X^T diag(D') p' diag(D') X everywhere. Euclidean: J = 1 - E''/sum w at an equilibrium.
@@ -225,52 +247,33 @@ class Retrieval(nn.Module):
         symmetric = self.mask_in_loop and self.forgetting.self_adjoint and self.normalization is None
         return identity if symmetric else None
 
-    def weights(self, z: Tensor, x: RetrievalContext) -> Tensor:
+    def weights(self, z: Tensor, x: AnyContext) -> Tensor:
         """The association of each query with each pattern, with which values are read out.
 
         (*batch, d) -> (*batch, N): w = D' * p(D(s)); with euclidean scores w / sum w, 0 where that sum is, so
         that the read-out of the patterns is f(z) without the injected query.
         """
+        if isinstance(x, StreamedContext):
+            return streamed.weights(self, z, x)
         return self._association(z, times(*self._weigh(z, x)))
 
-    def select(self, x: RetrievalContext, live: Tensor) -> tuple[RetrievalContext, Tensor]:
-        """The context of the live queries, and their rows.
-
-        Where queries share patterns in groups, it is filled up so that each group that has some keeps equally many:
-        narrowed to whole groups, a solve would go on with nearly all queries for a few stragglers.
-        """
-        groups, rows = None, live.nonzero().squeeze(1)
-        if x.patterns.ndim == 3:
-            among = live.reshape(x.patterns.shape[0], -1)
-            counts = among.sum(1)
-            groups = counts.nonzero().squeeze(1)
-            first = among.index_select(0, groups).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-            rows = (groups[:, None] * among.shape[1] + first[:, : int(counts.max())]).reshape(-1)
-
-        def kept(part: Any) -> Any:
-            """The rows of what belongs to one query; numbers, scalars and masks (N,) are shared by all."""
-            return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part
-
-        start = kept(x.start.reshape(-1, x.start.shape[-1]))
-        narrowed = RetrievalContext(*map(kept, x._replace(start=None, patterns=None, half_squares=None)))  # type: ignore[arg-type]
-        shared = {"patterns": x.patterns, "half_squares": x.half_squares}
-        if groups is not None:
-            shared = {name: None if p is None else p.index_select(0, groups) for name, p in shared.items()}
-        return narrowed._replace(start=start, **shared), rows  # type: ignore[arg-type]
+    def select(self, x: AnyContext, live: Tensor) -> tuple[AnyContext, Tensor]:
+        """The context of the live queries, and their rows; see `RetrievalContext.select`."""
+        return x.select(live)
 
     def _scores(self, z: Tensor, x: RetrievalContext) -> Tensor:
         """s: (*batch, d) -> (B, N)."""
         flat = z.reshape(-1, z.shape[-1])
         if not self._euclidean:
-            scores = _products(flat * x.beta, x.patterns)
+            scores = products(flat * x.beta, x.patterns)
             return scores if x.bias is None else scores + x.bias
         # A small difference of large numbers: half precision, also that of autocast, would leave nothing of it.
-        with _without_autocast(flat.device.type):
+        with without_autocast(flat.device.type):
             flat, patterns = wide(flat), wide(x.patterns)
-            squares = _half_squares(patterns) if x.half_squares is None else x.half_squares
+            squares = make_half_squares(patterns) if x.half_squares is None else x.half_squares
             own = 0.5 * flat.square().sum(-1, keepdim=True)
             # Rounding must not put a score above 0, where only a state on a pattern is.
-            return (_less_products(squares, flat, patterns) + own).clamp_min(0.0) * -x.beta
+            return (less_products(squares, flat, patterns) + own).clamp_min(0.0) * -x.beta
 
     def _weigh(self, z: Tensor, x: RetrievalContext) -> tuple[Tensor, Tensor | None]:
         """p(D(s)) and D', (B, N) each."""
@@ -310,7 +313,8 @@ class Retrieval(nn.Module):
             held = (held / total.masked_fill(total == 0, 1.0)).to(z.dtype)
         return held.reshape(*z.shape[:-1], held.shape[-1])
 
-    def _energy(self, z: Tensor, lagrangian: Tensor, x: RetrievalContext) -> Tensor:
+    def energy_from(self, z: Tensor, lagrangian: Tensor, x: AnyContext) -> Tensor:
+        """E(z) from the memory Lagrangian L(D(s)) at z, (B,): -> (*batch)."""
         beta = x.beta.reshape(-1) if isinstance(x.beta, Tensor) and x.beta.ndim else x.beta
         flat = z.reshape(-1, z.shape[-1])
         wider, energy = wide(flat), -lagrangian / beta
@@ -323,70 +327,3 @@ class Retrieval(nn.Module):
             energy = energy + (0.5 * wider.square().sum(-1) if norm is None else norm.conjugate(flat))
             energy = energy if x.injected is None else energy - (x.injected * wider).sum(-1)
         return energy.reshape(z.shape[:-1])
-
-
-def combine(weights: Tensor, values: Tensor) -> Tensor:
-    """Weighted sum of stored rows: (B, N) with (N, dv) or (G, N, dv) -> (B, dv)."""
-    if values.ndim == 2:
-        return weights @ values
-    groups, count, width = values.shape
-    return (_by_group(weights, groups) @ values).reshape(-1, width)
-
-
-def _products(flat: Tensor, patterns: Tensor) -> Tensor:
-    """(B, d) with (N, d) or (G, N, d) -> (B, N)."""
-    if patterns.ndim == 2:
-        return flat @ patterns.T
-    groups, count, width = patterns.shape
-    return (_by_group(flat, groups) @ patterns.transpose(1, 2)).reshape(-1, count)
-
-
-def _less_products(constants: Tensor, flat: Tensor, patterns: Tensor) -> Tensor:
-    """(N,) or (G, N) minus the products of (B, d) with (N, d) or (G, N, d) -> (B, N)."""
-    if patterns.ndim == 2:
-        return torch.addmm(constants, flat, patterns.T, alpha=-1)
-    groups, count, width = patterns.shape
-    rows = _by_group(flat, groups)
-    return torch.baddbmm(constants[:, None], rows, patterns.transpose(1, 2), alpha=-1).reshape(-1, count)
-
-
-def _by_group(flat: Tensor, groups: int) -> Tensor:
-    """(G L, n) -> (G, L, n), also where there is no group."""
-    return flat.reshape(groups, len(flat) // max(groups, 1), flat.shape[-1])
-
-
-def _half_squares(patterns: Tensor) -> Tensor:
-    """|xi|^2 / 2 of each pattern, in float32 or wider."""
-    return 0.5 * wide(patterns).square().sum(-1)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    active = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if active else nullcontext()
-
-
-def _asked(separation: Separation) -> str:
-    """The similarity that a separation is made for."""
-    asked: str = getattr(separation, "similarity", "dot")
-    return asked
-
-
-def _active(held: Tensor) -> Tensor:
-    """A number for the set of patterns of weight > 0: (B, N) -> (B,)."""
-    return (held > 0).to(held.dtype) @ irregular(held)
-
-
-def irregular(like: Tensor) -> Tensor:
-    """Fixed numbers without simple relations, (N,) for (..., N), so that different sets of them have different sums."""
-    places = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
-    return (1e4 * places.sin()).frac().abs().to(like.dtype)
-
-
-def _piece(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
-    """How many patterns are kept, -1 where the forgotten ones carry no weight that matters: (B,)."""
-    return torch.where(held.sum(-1) > (1 - NEGLIGIBLE) * weights.sum(-1), -1.0, kept.sum(-1))
-
-
-def times(weights: Tensor, kept: Tensor | None) -> Tensor:
-    """The weights of what is kept; None: everything."""
-    return weights if kept is None else weights * kept

@@ -1,0 +1,10 @@
+"""One retrieval step as a fixed-point function, with its energy. Knows no solver."""
+
+from hopdeq_lwpf.retrieval.context import RetrievalContext as RetrievalContext
+from hopdeq_lwpf.retrieval.context import combine as combine
+from hopdeq_lwpf.retrieval.context import irregular as irregular
+from hopdeq_lwpf.retrieval.context import times as times
+from hopdeq_lwpf.retrieval.function import INJECT as INJECT
+from hopdeq_lwpf.retrieval.function import Retrieval as Retrieval
+from hopdeq_lwpf.retrieval.streamed import StreamedContext as StreamedContext
+from hopdeq_lwpf.retrieval.streamed import streams as streams

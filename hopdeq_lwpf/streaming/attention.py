@@ -1,0 +1,283 @@
+"""Exact attention over blocks of stored patterns: an online softmax with forgetting.
+
+Memory is that of one block of scores, (B, n), whatever N is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hopdeq_lwpf._types import wide
+from hopdeq_lwpf.streaming.ranks import ALONE, Ranks
+from hopdeq_lwpf.streaming.sources import PatternSource, block_size
+
+# Sees the scores of one block, (B, n), and the number of its first pattern.
+Watcher = Callable[[int, Tensor], None]
+
+
+class Forgotten(NamedTuple):
+    """Which scores are kept, and what the others become. A score is kept if it is above the limit or always kept."""
+
+    limit: Tensor | None  # (B, 1) or a scalar; None: none is kept for its size
+    fill: Tensor  # (B, 1) or a scalar: D of the forgotten ones; may require grad
+    always: Tensor | None = None  # (B, k) int64: numbers of patterns that are kept whatever they score
+
+
+class Stored(NamedTuple):
+    """What is attended to: this process's patterns with what belongs to each of them."""
+
+    patterns: Tensor | PatternSource  # (N, d)
+    values: Tensor | PatternSource | None  # (N, dv), read out beside the patterns
+    mask: Tensor | None  # bool (N,) or (B, N), True = ignore
+    start: int = 0  # number of the first pattern among those of all ranks
+    ranks: Ranks = ALONE
+    block: int | None = None
+
+
+class Attended(NamedTuple):
+    """What one pass gives, a row a query; None where it was not asked for."""
+
+    image: Tensor  # (B, d): sum of w x over the kept patterns
+    read: Tensor | None  # (B, dv): sum of w v
+    lse: Tensor  # (B,): log of the denominator, the Lagrangian; 0 where every pattern is masked
+    mass: Tensor  # (B,): sum of w over the kept patterns
+    kept: Tensor  # (B,): how many are kept
+    first: Tensor | None = None  # (B,) int64: the kept pattern of largest score, lowest number of equal ones
+    top: Tensor | None = None  # (B,): its score; -inf where none is kept
+    low: Tensor | None = None  # (B,): the smallest kept score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """s of queries and a block: beta x.z, or -(beta/2) |z - x|^2."""
+
+    z: Tensor  # (B, d), float32 or wider
+    beta: Tensor | float  # a number, a scalar or (B, 1)
+    euclidean: bool = False
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """(n, d) -> (B, n), new memory that may be written to."""
+        if not self.euclidean:
+            return (self.z * self.beta) @ block.T
+        return self.halves(block).mul_(-self.beta)
+
+    def halves(self, block: Tensor) -> Tensor:
+        """|z - x|^2 / 2, not below 0: (B, n)."""
+        half = torch.addmm(0.5 * block.square().sum(-1), self.z, block.T, alpha=-1)
+        return half.add_(0.5 * self.z.square().sum(-1, keepdim=True)).clamp_min_(0.0)
+
+
+class Part(NamedTuple):
+    """One block as it is looked at."""
+
+    start: int  # of this process's patterns
+    patterns: Tensor  # (n, d) in the dtype of the scores, masked ones 0
+    values: Tensor | None
+    mask: Tensor | None  # (n,) or (B, n)
+
+
+def parts(stored: Stored, like: Tensor) -> Iterator[Part]:
+    """The blocks with their values and masks, converted to dtype and device of `like` (B, d)."""
+    size = (
+        stored.block or getattr(stored.patterns, "block", None) or block_size(len(like), like.element_size())
+    )
+    start = 0
+    for patterns in _blocks(stored.patterns, size):
+        stop = start + len(patterns)
+        values = None if stored.values is None else _rows(stored.values, start, stop).detach().to(like)
+        mask = None if stored.mask is None else stored.mask[..., start:stop]
+        block = patterns.detach().to(like)
+        if mask is not None and mask.ndim == 1:  # such a pattern may hold anything, and 0 times NaN is NaN
+            block = block.masked_fill(mask[:, None], 0.0)
+            values = None if values is None else values.masked_fill(mask[:, None], 0.0)
+        yield Part(start, block, values, mask)
+        start = stop
+
+
+def _blocks(patterns: Tensor | PatternSource, size: int) -> Iterator[Tensor]:
+    return iter(patterns.split(size)) if isinstance(patterns, Tensor) else patterns.blocks(size)
+
+
+def _rows(values: Tensor | PatternSource, start: int, stop: int) -> Tensor:
+    # Only sources that lie in one tensor can be sliced beside the patterns; see `check_values`.
+    whole: Tensor = values if isinstance(values, Tensor) else values.tensor  # type: ignore[attr-defined]
+    return whole[start:stop]
+
+
+def lost(forgotten: Forgotten, scores: Tensor, start: int) -> Tensor:
+    """bool (B, n): which scores of a block are not kept, masked ones (-inf) among them; NaN is passed on, hence kept.
+
+    start: number of the block's first pattern.
+    """
+    limit = forgotten.limit
+    out = torch.ones_like(scores, dtype=torch.bool) if limit is None else scores <= limit
+    if forgotten.always is None:
+        return out
+    here = (forgotten.always >= start) & (forgotten.always < start + scores.shape[-1])
+    rows, places = here.nonzero(as_tuple=True)
+    return out.index_put_((rows, forgotten.always[rows, places] - start), here.new_zeros(()))
+
+
+class _Sums:
+    """The running sums of one pass, in units of exp(peak)."""
+
+    def __init__(self, z: Tensor, dv: int | None) -> None:
+        rows, width = z.shape
+        self.peak = z.new_full((rows,), -math.inf)
+        self.total = z.new_zeros(rows)
+        self.image = z.new_zeros(rows, width)
+        self.read = None if dv is None else z.new_zeros(rows, dv)
+        self.kept = z.new_zeros(rows)
+        self.visible = z.new_zeros(rows)
+
+    def add(self, scores: Tensor, top: Tensor, part: Part | None) -> None:
+        """A block of scores, -inf where masked or forgotten; they are written over. part: None sums no patterns."""
+        shift = self.raise_to(top)
+        weights = scores.sub_(shift[:, None]).exp_()
+        self.total += weights.sum(-1)
+        if part is None:
+            return
+        self.image.addmm_(weights, part.patterns)
+        if self.read is not None and part.values is not None:
+            self.read.addmm_(weights, part.values)
+
+    def raise_to(self, top: Tensor) -> Tensor:
+        """Make exp(the larger of peak and top) the unit; what scores are to be lessened by, finite."""
+        peak = torch.maximum(self.peak, top)
+        shift = torch.where(peak == -math.inf, 0.0, peak)
+        shrink = (self.peak - shift).exp_()
+        self.peak = peak
+        self.total *= shrink
+        self.image *= shrink[:, None]
+        if self.read is not None:
+            self.read *= shrink[:, None]
+        return shift
+
+    def merge(self, ranks: Ranks) -> None:
+        """The sums of all ranks."""
+        if ranks.size == 1:
+            return
+        self.raise_to(ranks.max(self.peak.clone()))
+        columns = [self.total[:, None], self.image, self.kept[:, None], self.visible[:, None]]
+        columns += [] if self.read is None else [self.read]
+        sums = ranks.sum(torch.cat(columns, 1))
+        total, image, kept, visible, *rest = sums.split([part.shape[1] for part in columns], 1)
+        self.total, self.image, self.kept, self.visible = total[:, 0], image, kept[:, 0], visible[:, 0]
+        self.read = rest[0] if rest else None
+
+
+def sweep(
+    scores: Scores,
+    stored: Stored,
+    forgotten: Forgotten | None,
+    empty: bool,
+    look: bool,
+    weighted: bool = True,
+    watch: Watcher | None = None,
+) -> Attended:
+    """Softmax attention to all stored patterns with forgetting, in one pass, without gradient.
+
+    empty: whether the softmax has one more score, 0, with nothing behind it (softmax1). look: also `first`, `top` and
+    `low`. weighted: whether patterns and values are summed; without, image and read-out are 0, which saves half of the
+    time where only `lse` is wanted. watch: sees the scores of every block before anything is forgotten.
+    """
+    sums = _Sums(scores.z, None if stored.values is None else stored.values.shape[1])
+    found = _Found(scores.z) if look else None
+    for part in parts(stored, scores.z):
+        block = masked(scores(part.patterns), part)
+        count = block.shape[-1]
+        sums.visible += count if part.mask is None else count - part.mask.sum(-1)
+        if watch is not None:
+            watch(stored.start + part.start, block)
+        if forgotten is not None:
+            out = lost(forgotten, block, stored.start + part.start)
+            block = block.masked_fill_(out, -math.inf)
+            sums.kept += count - out.sum(-1)
+        top = block.amax(-1) if found is None else found.see(block, stored.start + part.start)
+        sums.add(block, top, part if weighted else None)
+    sums.merge(stored.ranks)
+    if found is not None:
+        found.merge(stored.ranks)
+    if forgotten is None:
+        sums.kept = sums.visible
+    return _finish(sums, forgotten, empty, found)
+
+
+def masked(block: Tensor, part: Part) -> Tensor:
+    """The scores, -inf where masked; in place."""
+    return block if part.mask is None else block.masked_fill_(part.mask, -math.inf)
+
+
+def _finish(sums: _Sums, forgotten: Forgotten | None, empty: bool, found: _Found | None) -> Attended:
+    """Sums over kept patterns -> the result: forgotten scores and the empty one enter the denominator only."""
+    mass = sums.total.clone()
+    missing = sums.visible - sums.kept
+    extra = []
+    if forgotten is not None:
+        fill = forgotten.fill.detach().to(mass).reshape(-1).expand_as(mass)
+        extra.append((missing, torch.where(missing > 0, fill, -math.inf)))
+    if empty:
+        extra.append((torch.ones_like(mass), torch.zeros_like(mass)))
+    for count, score in extra:
+        before = sums.peak
+        shift = sums.raise_to(score)
+        mass = mass * (before - shift).exp_()
+        sums.total = sums.total + count * (score - shift).exp()
+    nothing = sums.total == 0  # every pattern is masked
+    total = sums.total.masked_fill(nothing, 1.0)
+    lse = (sums.total.log() + torch.where(sums.peak == -math.inf, 0.0, sums.peak)).masked_fill(nothing, 0.0)
+    read = None if sums.read is None else sums.read / total[:, None]
+    looked = (None, None, None) if found is None else (found.index, found.top, found.low)
+    return Attended(sums.image / total[:, None], read, lse, mass / total, sums.kept, *looked)
+
+
+class _Found:
+    """Largest and smallest kept score, and the number of the first."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.top = z.new_full(z.shape[:1], -math.inf)
+        self.low = z.new_full(z.shape[:1], math.inf)
+        self.index = torch.zeros(z.shape[:1], dtype=torch.int64, device=z.device)
+
+    def see(self, block: Tensor, start: int) -> Tensor:
+        """The largest score of the block, (B,)."""
+        top, place = block.max(-1)
+        better = top > self.top
+        self.index = torch.where(better, place + start, self.index)
+        self.top = torch.maximum(self.top, top)
+        self.low = torch.minimum(self.low, block.masked_fill(block == -math.inf, math.inf).amin(-1))
+        return top
+
+    def merge(self, ranks: Ranks) -> None:
+        if ranks.size == 1:
+            return
+        mine = self.top.clone()
+        self.top = ranks.max(self.top)
+        # The lowest number among those with the top score.
+        here = torch.where(mine == self.top, -self.index, torch.iinfo(torch.int64).min)
+        self.index = -ranks.max(here)
+        self.low = -ranks.max(-self.low)
+
+
+def check_values(values: Any, patterns: Tensor | PatternSource) -> None:
+    """Raise unless there is one value a pattern, in one tensor or mapped file."""
+    if isinstance(values, PatternSource) and not hasattr(values, "tensor"):
+        raise TypeError(
+            f"values must be a tensor or open_patterns(file), to be read beside the patterns; got {values!r}"
+        )
+    if values.ndim != 2 or len(values) != len(patterns):
+        raise ValueError(
+            f"values must have one row a pattern, ({len(patterns)}, dv); got {tuple(values.shape)}"
+        )
+
+
+def widened(scores: Scores) -> Scores:
+    """In float32 or wider, where sums over many patterns belong."""
+    beta = wide(scores.beta) if isinstance(scores.beta, Tensor) else scores.beta
+    return Scores(wide(scores.z), beta, scores.euclidean)
