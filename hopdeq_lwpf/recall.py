@@ -15,6 +15,7 @@ from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
 from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, StreamedContext, combine, streams
+from hopdeq_lwpf.screening import SCREEN_FROM, Screened, screens
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver, transformed
@@ -63,6 +64,7 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     adjoint: str | Adjoint = "implicit",
     trace: bool = False,
     stream: bool | None = None,
+    screen: bool | None = None,
 ) -> Recall:
     """Recall stored patterns from queries: one step of attention, k steps, or the converged dynamics.
 
@@ -77,6 +79,10 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     stream: whether the patterns are looked at in blocks, so that memory does not grow with N: the same result to
         rounding, and no second derivatives. None: sources always, and a tensor (N, d) from 2**24 scores (B N) on where
         separation and forgetting allow it; there it is faster too.
+    screen: whether streamed patterns are solved on a few candidates of each query, with a bound that says how far
+        those may be trusted, and every equilibrium verified by a pass over all patterns (`screening.Screened`). None:
+        from 2**14 patterns on where that is possible (dot products; no unit but ReLU and PFU with a threshold that
+        stays; trace=False). False compares.
 
     Returns a Recall whose `value` is the read-out (*batch, dv) without the injected query, with gradient, and
     whose `state` is the equilibrium, or the k-th iterate. The read-out is weights @ values, 0 where everything
@@ -103,13 +109,15 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     elif values is not None:
         read = _lay_values(cast(Tensor, values), query, cast(Tensor, patterns), mask)
     # The names are checked although k steps use neither, so that a misspelt one is never silent.
-    make_solver(solver)
+    solves = make_solver(solver)
     make_adjoint(adjoint)
     if steps is None:
+        screened = isinstance(x, StreamedContext) and _screened(f, x, solves, screen, trace)
+        chosen: str | Solver = cast(Solver, Screened(solves)) if screened else solver
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
         z0 = f.init(x).detach() if inject == "input" else f.init(x)
         solution = fixed_point(
-            f, x, z0, solver=solver, stop=stop, adjoint=adjoint, trace=trace, read_out=True
+            f, x, z0, solver=chosen, stop=stop, adjoint=adjoint, trace=trace, read_out=True
         )
     else:
         solution = fixed_point(f, x, f.init(x), steps=steps, stop=stop, trace=trace, read_out=True)
@@ -141,6 +149,16 @@ def _source(
     return TensorPatterns(patterns) if stream else patterns
 
 
+def _screened(
+    f: Retrieval, x: StreamedContext, solver: Solver | None, screen: bool | None, trace: bool
+) -> bool:
+    """Whether the solve is screened."""
+    if screen is not None:
+        return screen
+    own = solver is None or hasattr(solver, "propose")
+    return own and not trace and x.total >= SCREEN_FROM and screens(f, x)
+
+
 def _recall_streamed(f: Retrieval, x: StreamedContext, solution: Solution, *, solved: bool) -> Recall:
     """What the read-out of a streamed solution saw."""
     found, shape = x.look.attended, solution.result.shape
@@ -161,8 +179,9 @@ def _recall_streamed(f: Retrieval, x: StreamedContext, solution: Solution, *, so
             # At an equilibrium the read-out has seen the state; after k steps it saw the one before.
             energy = f.energy_from(state, found.lse, x) if solved else f.energy(state, x)
         fields = {field.name: getattr(solution, field.name) for field in dataclasses.fields(Solution)}
+        fields |= {"value": value, "note": x.look.note()}
         return Recall(
-            **{**fields, "value": value},
+            **fields,
             index=found.first.masked_fill(~(weight > 0), -1).reshape(shape),
             weight=weight.to(solution.state.dtype).reshape(shape),
             support=x.look.support.reshape(shape),

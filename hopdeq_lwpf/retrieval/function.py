@@ -35,7 +35,7 @@ from hopdeq_lwpf.retrieval.context import (
     times,
     without_autocast,
 )
-from hopdeq_lwpf.retrieval.streamed import StreamedContext
+from hopdeq_lwpf.retrieval.streamed_context import StreamedContext
 from hopdeq_lwpf.separation import Separation, make_separation
 from hopdeq_lwpf.streaming import PatternSource
 

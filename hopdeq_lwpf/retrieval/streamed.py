@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,19 +13,19 @@ from hopdeq_lwpf._layout import lay
 from hopdeq_lwpf._types import check_float_tensor, wide
 from hopdeq_lwpf.forgetting import PFU, Forgetting, Keep, ReLU, TopK
 from hopdeq_lwpf.retrieval.context import NEGLIGIBLE
+from hopdeq_lwpf.retrieval.streamed_context import Look, StreamedContext
 from hopdeq_lwpf.separation import Softmax, Softmax1
 from hopdeq_lwpf.streaming import PatternSource, Ranks, ShardedPatterns, TensorPatterns
 from hopdeq_lwpf.streaming.attention import (
     Attended,
     Forgotten,
     Scores,
-    Stored,
-    check_values,
-    lost,
+    hide_,
+    keep_,
     parts,
     widened,
 )
-from hopdeq_lwpf.streaming.gradient import attend
+from hopdeq_lwpf.streaming.gradient import attend, outside_of_compile, refuse_transforms
 from hopdeq_lwpf.streaming.ranks import ALONE
 from hopdeq_lwpf.streaming.selection import first_equal, largest, median
 
@@ -36,54 +35,7 @@ if TYPE_CHECKING:
 UNITS = (Keep, ReLU, PFU, TopK)
 
 
-@dataclass
-class Look:
-    """What the last read-out saw, a row a query; filled by `step`."""
-
-    attended: Attended | None = None
-    support: Tensor | None = None  # (B,): how many weights are above 0
-
-
-class StreamedContext(NamedTuple):
-    """What stays fixed during a solve over streamed patterns; built by `Retrieval.prepare`. B = number of queries."""
-
-    patterns: Tensor | PatternSource  # (N, d), those of this process
-    beta: Tensor | float  # a number, a scalar tensor or (B, 1)
-    mask: Tensor | None  # bool (N,) or (B, N)
-    threshold: Tensor | None  # of the forgetting unit: (B, 1) or a scalar
-    injected: Tensor | None  # (B, d): inject_weight * query
-    start: Tensor  # (*batch, d): the state that the query makes
-    pull: Tensor | float | None  # inject_weight as beta is laid out, where f divides by it
-    block: int | None
-    look: Look
-    values: Tensor | PatternSource | None = None  # (N, dv): what is read out in place of the patterns
-    ranks: Ranks = ALONE
-    offset: int = 0  # number of the first pattern among those of all ranks
-    total: int = 0  # patterns of all ranks
-
-    def select(self, live: Tensor) -> tuple[StreamedContext, Tensor]:
-        """The context of the live queries, and their rows."""
-        rows = live.nonzero().squeeze(1)
-
-        def kept(part: Any) -> Any:
-            return part.index_select(0, rows) if isinstance(part, Tensor) and part.ndim > 1 else part
-
-        names = ("beta", "mask", "threshold", "injected", "pull")
-        narrowed = {name: kept(getattr(self, name)) for name in names}
-        start = kept(self.start.reshape(-1, self.start.shape[-1]))
-        return self._replace(start=start, **narrowed), rows
-
-    def stored(self, *, values: bool = False) -> Stored:
-        """The patterns, with their values if those are read out."""
-        read = self.values if values else None
-        return Stored(self.patterns, read, self.mask, self.offset, self.ranks, self.block)
-
-    def with_values(self, values: Any) -> StreamedContext:
-        """The same with values (N, dv) to be read out."""
-        check_values(values, self.patterns)
-        return self._replace(values=values)
-
-
+@outside_of_compile
 def prepare(f: Retrieval, query: Tensor, source: PatternSource, mask: Tensor | None) -> StreamedContext:
     """The context of `Retrieval.prepare` for a source; ValueError or TypeError for what cannot be streamed."""
     reason = why_not(f)
@@ -94,11 +46,11 @@ def prepare(f: Retrieval, query: Tensor, source: PatternSource, mask: Tensor | N
         raise ValueError(
             f"query must be (*batch, {source.width}) for patterns of width {source.width}, got {tuple(query.shape)}"
         )
+    refuse_transforms(query, f.beta, f.inject_weight, getattr(source, "tensor", None))
     ranks, offset, local = ALONE, 0, source
     if isinstance(source, ShardedPatterns):
         ranks, offset, local = source.ranks, source.start, source.local
-        learned = f.beta.detach().double().sum().item() if isinstance(f.beta, Tensor) else f.beta
-        source.check_same(query, (learned,))
+        ranks.check_same(_told(f, query, local))
     mask = None if mask is None else _lay_mask(mask, query.shape[:-1], local)
     injected = pull = None
     if f.inject == "input":
@@ -116,10 +68,25 @@ def prepare(f: Retrieval, query: Tensor, source: PatternSource, mask: Tensor | N
     return context._replace(threshold=_draw(f, start, context))
 
 
+def _told(f: Retrieval, query: Tensor, local: PatternSource) -> dict[str, object]:
+    """What every rank must give alike, since each takes part in the same sums in the same order."""
+    # Stored objects may hold tensors, whose text is cut short: names of classes suffice for those.
+    normalize = type(f.normalization).__name__
+    given = (query, f.beta, f.inject_weight, getattr(local, "tensor", None))
+    recorded = [isinstance(part, Tensor) and part.requires_grad for part in given]
+    return {
+        "queries": query,
+        "beta": f.beta,
+        "inject_weight": f.inject_weight,
+        "settings": (f.forgetting, f.training, type(f.separation), f.inject, f.similarity, normalize),
+        "requires_grad of queries, beta, inject_weight or patterns": (torch.is_grad_enabled(), recorded),
+    }
+
+
 def why_not(f: Retrieval) -> str | None:
     """Why this f cannot be computed block by block; None if it can."""
     if type(f.separation) not in (Softmax, Softmax1):
-        return f"separation {f.separation!r} needs all scores at once; streamed patterns go with 'softmax' and 'softmax1'"
+        return f"separation {f.separation!r} needs all scores; streamed patterns go with 'softmax' and 'softmax1'"
     if type(f.forgetting) not in UNITS:
         names = ", ".join(unit.__name__ for unit in UNITS)
         return f"forgetting {f.forgetting!r} is not known to work block by block; streamed patterns go with {names}"
@@ -141,7 +108,10 @@ def _lay_mask(mask: Tensor, batch: torch.Size, source: PatternSource) -> Tensor:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor (True = ignore the pattern), got {kind}")
     fits = mask.shape == (source.count,)
-    if not fits and (mask.ndim != len(batch) + 1 or mask.shape[-1] != source.count):
+    leading = mask.ndim == len(batch) + 1 and all(
+        a in (1, b) for a, b in zip(mask.shape, batch, strict=False)
+    )
+    if not fits and (not leading or mask.shape[-1] != source.count):
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}; it must be ({source.count},), one entry a pattern, or "
             f"{(*batch, source.count)}, one entry a query and pattern"
@@ -149,19 +119,27 @@ def _lay_mask(mask: Tensor, batch: torch.Size, source: PatternSource) -> Tensor:
     return mask if fits else mask.expand(*batch, -1).reshape(-1, source.count)
 
 
-def _scores(f: Retrieval, z: Tensor, x: StreamedContext) -> Scores:
+def stream_scores(f: Retrieval, z: Tensor, x: StreamedContext) -> Scores:
+    """What makes the scores of z with a block, in float32 or wider."""
     return widened(Scores(z.reshape(-1, z.shape[-1]), x.beta, f.similarity == "euclidean"))
 
 
 def _draw(f: Retrieval, start: Tensor, x: StreamedContext) -> Tensor | None:
     """What `Forgetting.draw` gives for the scores at the start."""
     unit = f.forgetting
-    scores = _scores(f, start, x)
+    scores = stream_scores(f, start, x)
     if not isinstance(unit, PFU) or unit.threshold != "median" or unit.tracked:
-        return unit.draw(scores.z[:, :0])
+        return _of_first(unit.draw(scores.z[:, :0]), x.ranks)
     middle = _median(unit, scores, x)
-    noise = unit.draw_noise(scores.z[:, :0])
+    noise = _of_first(unit.draw_noise(scores.z[:, :0]), x.ranks)
     return middle if noise is None else middle + noise
+
+
+def _of_first(drawn: Tensor | None, ranks: Ranks) -> Tensor | None:
+    """What the first rank drew: a threshold differs by its noise only, and all ranks need the same one."""
+    if drawn is None or ranks.size == 1:
+        return drawn
+    return ranks.sum(drawn if ranks.rank == 0 else torch.zeros_like(drawn))
 
 
 def _median(unit: PFU, scores: Scores, x: StreamedContext) -> Tensor:
@@ -169,7 +147,7 @@ def _median(unit: PFU, scores: Scores, x: StreamedContext) -> Tensor:
     whole = unit.scope == "tensor"
     with torch.no_grad():
         value = median(scores, x.stored(), whole=whole)
-    if not _records(scores, x):
+    if not len(scores.z) or not _records(scores, x):
         return value
     with torch.no_grad():
         index = first_equal(scores, x.stored(), value.reshape(-1, 1).expand(len(scores.z), 1))
@@ -192,7 +170,7 @@ def _records(scores: Scores, x: StreamedContext) -> bool:
 
 def _score_of(scores: Scores, x: StreamedContext, index: Tensor) -> Tensor:
     """The score of one pattern a query, (B, 1), with its graph; 0 where the number is -1."""
-    rows = _gather(x, index).to(scores.z)
+    rows = gather(x, index).to(scores.z)
     if scores.euclidean:
         score = -0.5 * scores.beta * (scores.z - rows).square().sum(-1, keepdim=True)
     else:
@@ -200,7 +178,7 @@ def _score_of(scores: Scores, x: StreamedContext, index: Tensor) -> Tensor:
     return score.masked_fill(index[:, None] < 0, 0.0)
 
 
-def _gather(x: StreamedContext, index: Tensor) -> Tensor:
+def gather(x: StreamedContext, index: Tensor) -> Tensor:
     """Patterns by their numbers, (B,) -> (B, d), with their graph where they are a tensor."""
     local = index - x.offset
     mine = (local >= 0) & (local < len(x.patterns))
@@ -209,20 +187,7 @@ def _gather(x: StreamedContext, index: Tensor) -> Tensor:
     if x.ranks.size == 1:
         return rows
     rows = rows.masked_fill(~mine[:, None].to(rows.device), 0.0)
-    summed: Tensor = _FromAll.apply(rows, x.ranks)
-    return summed
-
-
-class _FromAll(torch.autograd.Function):
-    """The sum over ranks. Every rank computes the same from it, so each one's gradient is the whole one."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
-        return ranks.sum(rows.clone())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], None
+    return x.ranks.recorded_sum(rows)
 
 
 def _forgotten(unit: Forgetting, scores: Scores, x: StreamedContext) -> Forgotten | None:
@@ -261,13 +226,35 @@ def _topk(unit: TopK, scores: Scores, x: StreamedContext) -> Forgotten:
     return Forgotten(None, fill, index[:, : unit.k])
 
 
-def _attend(f: Retrieval, z: Tensor, x: StreamedContext, **options: Any) -> Attended:
-    scores = _scores(f, z, x)
+def attended(f: Retrieval, z: Tensor, x: StreamedContext, **options: Any) -> Attended:
+    """One pass over the patterns at the state z; options: those of `attend`, and `values`, whether they are read."""
+    scores = stream_scores(f, z, x)
     values = options.pop("values", False)
     empty = isinstance(f.separation, Softmax1)
+    if options.get("look") and not values and "watch" not in options:
+        options["known"] = _known(f, scores.z.detach(), x)
     return attend(
         scores, x.stored(values=values), _forgotten(f.forgetting, scores, x), empty=empty, **options
     )
+
+
+@torch.no_grad()
+def _known(f: Retrieval, z: Tensor, x: StreamedContext) -> Attended | None:
+    """What a pass at z gives, made only for the rows in which it was not made before; None if nothing is remembered."""
+    look = x.look
+    if look.known is None or look.z is None or look.z.shape != z.shape:
+        return None
+    other = (look.z != z).any(-1)
+    if bool(other.all()):
+        return None
+    if bool(other.any()):
+        rest, rows = x.select(other)
+        look.remember(rows, z[rows], attended(f, z[rows], rest, look=True, watch=_nothing))
+    return look.known
+
+
+def _nothing(start: int, scores: Tensor) -> None:
+    """Watches nothing."""
 
 
 def finish(f: Retrieval, z: Tensor, found: Attended, x: StreamedContext) -> Tensor:
@@ -286,14 +273,16 @@ def finish(f: Retrieval, z: Tensor, found: Attended, x: StreamedContext) -> Tens
     return recalled.to(z.dtype).reshape(z.shape)
 
 
+@outside_of_compile
 def image(f: Retrieval, z: Tensor, x: StreamedContext) -> Tensor:
     """f(z, x)."""
-    return finish(f, z, _attend(f, z, x), x)
+    return finish(f, z, attended(f, z, x), x)
 
 
+@outside_of_compile
 def step(f: Retrieval, z: Tensor, x: StreamedContext) -> tuple[Tensor, Tensor]:
     """f(z, x), and the weighted sum of the values, or of the patterns: (*batch, d), (*batch, dv). Fills `x.look`."""
-    found = _attend(f, z, x, values=x.values is not None, look=True)
+    found = attended(f, z, x, values=x.values is not None, look=True)
     x.look.attended = Attended(*(None if part is None else part.detach() for part in found))  # type: ignore[arg-type]
     x.look.support = _support(f, z.detach(), x, x.look.attended)
     read = found.image if found.read is None else found.read
@@ -310,7 +299,7 @@ def _support(f: Retrieval, z: Tensor, x: StreamedContext, found: Attended) -> Te
     if bool((found.low - found.lse > least).all()):
         return found.kept.to(torch.int64)
     count = torch.zeros_like(found.lse, dtype=torch.int64)
-    scores = _scores(f, z, x)
+    scores = stream_scores(f, z, x)
     forgotten = _forgotten(f.forgetting, scores, x)
     for part in parts(x.stored(), scores.z):
         count += (_weights(scores, x, forgotten, part, found.lse) > 0).sum(-1)
@@ -321,19 +310,17 @@ def _weights(
     scores: Scores, x: StreamedContext, forgotten: Forgotten | None, part: Any, lse: Tensor
 ) -> Tensor:
     """w of one block, (B, n)."""
-    block = scores(part.patterns)
-    if part.mask is not None:
-        block.masked_fill_(part.mask, -math.inf)
-    if forgotten is not None:
-        block.masked_fill_(lost(forgotten, block, x.offset + part.start), -math.inf)
-    return block.sub_(lse[:, None]).exp_()
+    block = hide_(scores(part.patterns), part)
+    kept, _ = keep_(forgotten, block, part, x.offset + part.start)
+    share = block.sub_(lse[:, None]).clamp_max_(0.0).exp_()
+    return share if kept is None else share * kept
 
 
 def weights(f: Retrieval, z: Tensor, x: StreamedContext) -> Tensor:
     """The association with each pattern of this process, (*batch, N): as large as the scores, and without gradient."""
     with torch.no_grad():
-        found = _attend(f, z, x, sums=False)
-        scores = _scores(f, z, x)
+        found = attended(f, z, x, sums=False)
+        scores = stream_scores(f, z, x)
         forgotten = _forgotten(f.forgetting, scores, x)
         blocks = [_weights(scores, x, forgotten, part, found.lse) for part in parts(x.stored(), scores.z)]
         whole = torch.cat(blocks, -1)
@@ -344,14 +331,14 @@ def weights(f: Retrieval, z: Tensor, x: StreamedContext) -> Tensor:
 
 def lagrangian(f: Retrieval, z: Tensor, x: StreamedContext) -> Tensor:
     """log of the sum of exp(D(s)), (B,)."""
-    return _attend(f, z, x, sums=False).lse
+    return attended(f, z, x, sums=False).lse
 
 
 def evaluate(
     f: Retrieval, z: Tensor, x: StreamedContext
 ) -> tuple[Tensor, Callable[[], Tensor], Tensor | None]:
     """f(z, x), its energy, which costs nothing here, and the piece of f that z lies in, as `Retrieval.evaluate`."""
-    found = _attend(f, z, x)
+    found = attended(f, z, x)
     piece = None
     if not isinstance(f.forgetting, Keep):
         total = 1.0 - (-found.lse).exp() if isinstance(f.separation, Softmax1) else 1.0

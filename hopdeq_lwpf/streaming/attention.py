@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._types import wide
+from hopdeq_lwpf._types import check_float_tensor, wide
 from hopdeq_lwpf.streaming.ranks import ALONE, Ranks
 from hopdeq_lwpf.streaming.sources import PatternSource, block_size
 
@@ -50,7 +50,8 @@ class Attended(NamedTuple):
     kept: Tensor  # (B,): how many are kept
     first: Tensor | None = None  # (B,) int64: the kept pattern of largest score, lowest number of equal ones
     top: Tensor | None = None  # (B,): its score; -inf where none is kept
-    low: Tensor | None = None  # (B,): the smallest kept score
+    low: Tensor | None = None  # (B,): no kept score is smaller
+    visible: Tensor | None = None  # (B,): how many are not masked
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Scores:
 
     def __call__(self, block: Tensor) -> Tensor:
         """(n, d) -> (B, n), new memory that may be written to."""
-        if not self.euclidean:
-            return (self.z * self.beta) @ block.T
-        return self.halves(block).mul_(-self.beta)
+        with torch.autocast(block.device.type, enabled=False):
+            if not self.euclidean:
+                return (self.z * self.beta) @ block.T
+            return self.halves(block).mul_(-self.beta)
 
     def halves(self, block: Tensor) -> Tensor:
         """|z - x|^2 / 2, not below 0: (B, n)."""
@@ -110,18 +112,45 @@ def _rows(values: Tensor | PatternSource, start: int, stop: int) -> Tensor:
     return whole[start:stop]
 
 
-def lost(forgotten: Forgotten, scores: Tensor, start: int) -> Tensor:
-    """bool (B, n): which scores of a block are not kept, masked ones (-inf) among them; NaN is passed on, hence kept.
+def hide_(block: Tensor, part: Part) -> Tensor:
+    """The scores of a block, -inf where masked; in place."""
+    if part.mask is None:
+        return block
+    if part.mask.ndim == 1:  # a sum is several times faster on a CPU than a selection
+        return block.add_(block.new_zeros(block.shape[-1:]).masked_fill_(part.mask, -math.inf))
+    return block.masked_fill_(part.mask, -math.inf)
 
-    start: number of the block's first pattern.
+
+def keep_(forgotten: Forgotten | None, block: Tensor, part: Part, start: int) -> tuple[Tensor | None, Tensor]:
+    """1 for what is kept of a block of scores, else 0, (B, n) or (n,), None for all; and its largest score, (B,).
+
+    start: number of the block's first pattern. The scores must be -inf where masked; those of what is not kept are
+    written over, with something that exp can make a number of fast. NaN is passed on.
     """
+    if forgotten is None:
+        return None if part.mask is None else (~part.mask).to(block), block.amax(-1)
     limit = forgotten.limit
-    out = torch.ones_like(scores, dtype=torch.bool) if limit is None else scores <= limit
-    if forgotten.always is None:
-        return out
-    here = (forgotten.always >= start) & (forgotten.always < start + scores.shape[-1])
-    rows, places = here.nonzero(as_tuple=True)
-    return out.index_put_((rows, forgotten.always[rows, places] - start), here.new_zeros(()))
+    if forgotten.always is None and limit is not None:
+        kept = block.sub_(limit).relu_().sign()
+        top = block.add_(limit).amax(-1)
+        return kept, torch.where(top > limit.reshape(-1), top, -math.inf)
+    out = torch.ones_like(block, dtype=torch.bool) if limit is None else block <= limit
+    if forgotten.always is not None:
+        here = (forgotten.always >= start) & (forgotten.always < start + block.shape[-1])
+        rows, places = here.nonzero(as_tuple=True)
+        out.index_put_((rows, forgotten.always[rows, places] - start), here.new_zeros(()))
+    return (~out).to(block), block.masked_fill_(out, -math.inf).amax(-1)
+
+
+def exp_(block: Tensor, shift: Tensor, kept: Tensor | None) -> Tensor:
+    """exp(scores - shift) of what is kept, in place: (B, n) with (B,); no kept score exceeds its shift.
+
+    Shares below exp(-80) in float32 stay that: numbers without full precision make products several times slower, and
+    millions of them do not add up to a rounding error.
+    """
+    floor = math.log(torch.finfo(block.dtype).tiny) + 8.0
+    weights = block.sub_(shift[:, None]).clamp_(floor, 0.0).exp_()
+    return weights if kept is None else weights.mul_(kept)
 
 
 class _Sums:
@@ -136,10 +165,9 @@ class _Sums:
         self.kept = z.new_zeros(rows)
         self.visible = z.new_zeros(rows)
 
-    def add(self, scores: Tensor, top: Tensor, part: Part | None) -> None:
-        """A block of scores, -inf where masked or forgotten; they are written over. part: None sums no patterns."""
-        shift = self.raise_to(top)
-        weights = scores.sub_(shift[:, None]).exp_()
+    def add(self, block: Tensor, top: Tensor, kept: Tensor | None, part: Part | None) -> None:
+        """A block of scores, which are written over; top: (B,), the largest kept one. part: None sums no patterns."""
+        weights = exp_(block, self.raise_to(top), kept)
         self.total += weights.sum(-1)
         if part is None:
             return
@@ -190,28 +218,26 @@ def sweep(
     sums = _Sums(scores.z, None if stored.values is None else stored.values.shape[1])
     found = _Found(scores.z) if look else None
     for part in parts(stored, scores.z):
-        block = masked(scores(part.patterns), part)
+        block = scores(part.patterns)
+        if found is not None:
+            found.bound(block)
+        block = hide_(block, part)
         count = block.shape[-1]
         sums.visible += count if part.mask is None else count - part.mask.sum(-1)
         if watch is not None:
             watch(stored.start + part.start, block)
-        if forgotten is not None:
-            out = lost(forgotten, block, stored.start + part.start)
-            block = block.masked_fill_(out, -math.inf)
-            sums.kept += count - out.sum(-1)
-        top = block.amax(-1) if found is None else found.see(block, stored.start + part.start)
-        sums.add(block, top, part if weighted else None)
+        kept, top = keep_(forgotten, block, part, stored.start + part.start)
+        if forgotten is not None and kept is not None:
+            sums.kept += kept.sum(-1)
+        if found is not None:
+            found.see(block, top, stored.start + part.start)
+        sums.add(block, top, kept, part if weighted else None)
     sums.merge(stored.ranks)
     if found is not None:
         found.merge(stored.ranks)
     if forgotten is None:
         sums.kept = sums.visible
     return _finish(sums, forgotten, empty, found)
-
-
-def masked(block: Tensor, part: Part) -> Tensor:
-    """The scores, -inf where masked; in place."""
-    return block if part.mask is None else block.masked_fill_(part.mask, -math.inf)
 
 
 def _finish(sums: _Sums, forgotten: Forgotten | None, empty: bool, found: _Found | None) -> Attended:
@@ -233,44 +259,53 @@ def _finish(sums: _Sums, forgotten: Forgotten | None, empty: bool, found: _Found
     total = sums.total.masked_fill(nothing, 1.0)
     lse = (sums.total.log() + torch.where(sums.peak == -math.inf, 0.0, sums.peak)).masked_fill(nothing, 0.0)
     read = None if sums.read is None else sums.read / total[:, None]
-    looked = (None, None, None) if found is None else (found.index, found.top, found.low)
-    return Attended(sums.image / total[:, None], read, lse, mass / total, sums.kept, *looked)
+    whole = Attended(sums.image / total[:, None], read, lse, mass / total, sums.kept, visible=sums.visible)
+    return whole if found is None else whole._replace(first=found.first, top=found.top, low=found.low)
 
 
 class _Found:
-    """Largest and smallest kept score, and the number of the first."""
+    """The largest kept score of each row, the number of the first pattern that has it, and a bound of the smallest."""
 
     def __init__(self, z: Tensor) -> None:
         self.top = z.new_full(z.shape[:1], -math.inf)
         self.low = z.new_full(z.shape[:1], math.inf)
-        self.index = torch.zeros(z.shape[:1], dtype=torch.int64, device=z.device)
+        self.first = torch.zeros(z.shape[:1], dtype=torch.int64, device=z.device)
 
-    def see(self, block: Tensor, start: int) -> Tensor:
-        """The largest score of the block, (B,)."""
-        top, place = block.max(-1)
-        better = top > self.top
-        self.index = torch.where(better, place + start, self.index)
-        self.top = torch.maximum(self.top, top)
-        self.low = torch.minimum(self.low, block.masked_fill(block == -math.inf, math.inf).amin(-1))
-        return top
+    def bound(self, block: Tensor) -> None:
+        """Scores of a block before any is taken away: none is smaller."""
+        self.low = torch.minimum(self.low, block.amin(-1))
+
+    def see(self, block: Tensor, top: Tensor, start: int) -> None:
+        """A block of scores, and the largest kept one of each row, (B,)."""
+        # Its place is looked for only where it is a new record, which it soon is in few rows.
+        rows = (top > self.top).nonzero().squeeze(1)
+        if len(rows):
+            self.first = self.first.index_copy(0, rows, block.index_select(0, rows).argmax(-1) + start)
+            self.top = torch.maximum(self.top, top)
 
     def merge(self, ranks: Ranks) -> None:
+        """Those of all ranks."""
         if ranks.size == 1:
             return
         mine = self.top.clone()
         self.top = ranks.max(self.top)
         # The lowest number among those with the top score.
-        here = torch.where(mine == self.top, -self.index, torch.iinfo(torch.int64).min)
-        self.index = -ranks.max(here)
+        here = torch.where(mine == self.top, -self.first, torch.iinfo(torch.int64).min)
+        self.first = -ranks.max(here)
         self.low = -ranks.max(-self.low)
 
 
 def check_values(values: Any, patterns: Tensor | PatternSource) -> None:
     """Raise unless there is one value a pattern, in one tensor or mapped file."""
-    if isinstance(values, PatternSource) and not hasattr(values, "tensor"):
+    if not isinstance(values, Tensor) and not (
+        isinstance(values, PatternSource) and hasattr(values, "tensor")
+    ):
+        told = repr(values) if isinstance(values, PatternSource) else type(values).__name__
         raise TypeError(
-            f"values must be a tensor or open_patterns(file), to be read beside the patterns; got {values!r}"
+            f"values must be a tensor or open_patterns(file), to be read beside the patterns; got {told}"
         )
+    if isinstance(values, Tensor):
+        check_float_tensor("values", values)
     if values.ndim != 2 or len(values) != len(patterns):
         raise ValueError(
             f"values must have one row a pattern, ({len(patterns)}, dv); got {tuple(values.shape)}"

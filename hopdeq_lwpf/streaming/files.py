@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ class FilePatterns(TensorPatterns):
 
     def __reduce__(self) -> tuple[object, ...]:
         # A copy in another process maps the file again instead of carrying it.
-        return open_patterns, (str(self.path), self.block)
+        return open_patterns, (str(self.path.absolute()), self.block)
 
     def __repr__(self) -> str:
         return f"open_patterns({str(self.path)!r}): {self.count} patterns of width {self.width}, {self.dtype}"
@@ -50,12 +51,12 @@ def open_patterns(path: str | os.PathLike[str], block: int | None = None) -> Fil
         raise DataError(f"{target}: is a folder, needs a file")
     try:
         tensor = _map_npy(target) if target.suffix == ".npy" else _map_safetensors(target)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except OSError as error:
         raise DataError(f"{target}: {error.strerror or 'cannot be read'}") from error
-    except (ValueError, EOFError) as error:
-        detail = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # a header is Python source, which a parser meets with errors of many kinds
+        detail = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         raise DataError(f"{target}: is damaged, cut off, or no {target.suffix} file ({detail})") from error
     if not tensor.is_floating_point() or tensor.ndim != 2 or 0 in tensor.shape:
         raise DataError(
@@ -66,11 +67,12 @@ def open_patterns(path: str | os.PathLike[str], block: int | None = None) -> Fil
 
 
 def _map_npy(path: Path) -> Tensor:
-    # Copy on write: torch wants memory that may be written to, and nobody writes.
-    array = np.load(path, mmap_mode="c", allow_pickle=False)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "f" or array.dtype.itemsize > 8:
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise DataError(f"{path}: needs float64, float32 or float16, got {kind}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote, and of sizes that are no number
+        # Copy on write: torch wants memory that may be written to, and nobody writes.
+        array = np.lib.format.open_memmap(path, mode="c")
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise DataError(f"{path}: needs float64, float32 or float16, got {array.dtype}")
     if not array.dtype.isnative or not array.flags.c_contiguous:
         raise DataError(
             f"{path}: is stored column by column or with bytes swapped, and such a file cannot be mapped; save "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +17,9 @@ from hopdeq_lwpf.streaming.attention import (
     Scores,
     Stored,
     Watcher,
-    lost,
-    masked,
+    exp_,
+    hide_,
+    keep_,
     parts,
     sweep,
 )
@@ -31,20 +34,56 @@ def attend(
     look: bool = False,
     sums: bool = True,
     watch: Watcher | None = None,
+    known: Attended | None = None,
 ) -> Attended:
     """`sweep` with gradients to all that requires grad: queries, beta, fill, patterns and values that are tensors.
 
-    sums: its `weighted`.
+    sums: its `weighted`. known: what it gives, where that is known already.
     """
     with torch.autocast(scores.z.device.type, enabled=False):
         if torch.is_grad_enabled() and _differentiable(scores, stored, forgotten):
             fill = None if forgotten is None else forgotten.fill
             patterns = stored.patterns if isinstance(stored.patterns, Tensor) else None
             values = stored.values if isinstance(stored.values, Tensor) else None
-            plan = (scores, stored, forgotten, empty, look, sums)
+            plan = (scores, stored, forgotten, empty, look, sums, known)
             beta = scores.beta if isinstance(scores.beta, Tensor) else None
             return Attended(*_Attend.apply(plan, scores.z, beta, fill, patterns, values))
-        return sweep(scores, stored, forgotten, empty, look, sums, watch)
+        return known or sweep(scores, stored, forgotten, empty, look, sums, watch)
+
+
+def outside_of_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called as it is where torch.compile traces the caller: loops over blocks are no graph."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return _as_it_is(function, *arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+    return call
+
+
+def _as_it_is(function: Callable[..., Any], *arguments: Any) -> Any:
+    import torch._dynamo  # only where somebody compiles: it takes a second to import
+
+    return torch._dynamo.disable(function)(*arguments)
+
+
+# What torch.compiler.disable sets; setting it here spares the import.
+_as_it_is._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def refuse_transforms(*given: Any) -> None:
+    """TypeError inside torch.func, and for tensors with a tangent of forward mode: neither sees what is in blocks."""
+    if torch.compiler.is_compiling():
+        return
+    tangents = (
+        torch.autograd.forward_ad.unpack_dual(part).tangent for part in given if isinstance(part, Tensor)
+    )
+    # There is no public question to ask.
+    if torch._C._are_functorch_transforms_active() or any(tangent is not None for tangent in tangents):
+        raise TypeError(
+            "streamed patterns go with neither torch.func nor forward-mode derivatives: give the patterns as a tensor "
+            "with stream=False, or take torch.autograd.grad; vmap is not needed, since queries may have any batch shape"
+        )
 
 
 def _differentiable(scores: Scores, stored: Stored, forgotten: Forgotten | None) -> bool:
@@ -59,12 +98,12 @@ def _differentiable(scores: Scores, stored: Stored, forgotten: Forgotten | None)
 
 
 class _Attend(torch.autograd.Function):
-    """`_sweep` with its gradient."""
+    """`sweep` with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, plan: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
-        scores, stored, forgotten, empty, look, sums = plan
-        found = sweep(scores, stored, forgotten, empty, look, sums)
+        scores, stored, forgotten, empty, look, sums, known = plan
+        found = known or sweep(scores, stored, forgotten, empty, look, sums)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         missing = None
@@ -88,9 +127,11 @@ class _Attend(torch.autograd.Function):
 
 
 def _forgotten_mass(found: Attended, forgotten: Forgotten, empty: bool) -> Tensor:
-    """Sum of the weights of what is forgotten, (B,)."""
+    """Sum of the weights of what is forgotten, (B,); 0 where every pattern is masked."""
     rest = 1.0 - found.mass
-    return rest - (-found.lse).exp() if empty else rest
+    assert found.visible is not None
+    rest = rest.masked_fill(found.visible == 0, 0.0)
+    return rest - (-found.lse).exp().masked_fill(found.visible == 0, 0.0) if empty else rest
 
 
 class _Slopes(NamedTuple):
@@ -126,11 +167,10 @@ def _pull(
     dpatterns = torch.zeros_like(stored.patterns) if wanted[3] else None
     dvalues = torch.zeros_like(stored.values) if wanted[4] else None
     for part in parts(stored, z):
-        block = masked(scores(part.patterns), part)
+        block = hide_(scores(part.patterns), part)
         raw = block.clone() if wanted[1] else None
-        if forgotten is not None:
-            block = block.masked_fill_(lost(forgotten, block, stored.start + part.start), -math.inf)
-        weights = block.sub_(lse[:, None]).exp_()
+        kept, _ = keep_(forgotten, block, part, stored.start + part.start)
+        weights = exp_(block, lse, kept)
         slope = slopes.kept.expand_as(weights).clone()
         if slopes.image is not None:
             slope.addmm_(slopes.image, part.patterns.T)

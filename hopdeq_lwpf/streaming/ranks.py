@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -45,6 +46,30 @@ class Ranks:
         self._call("all_gather", parts, tensor.contiguous())
         return parts
 
+    def recorded_sum(self, tensor: Tensor) -> Tensor:
+        """`sum` of a copy, with its gradient."""
+        summed: Tensor = _Sum.apply(tensor, self)
+        return summed
+
+    def check_same(self, told: Mapping[str, object]) -> None:
+        """Raise ShardError, naming what differs, unless every rank gave the same; one small message.
+
+        told: by name, tensors, or what says all of itself by str().
+        """
+        if self.size == 1:
+            return
+        marks = torch.tensor([_mark(part) for part in told.values()], device=self.device())
+        gathered = torch.stack(self.gather(marks))
+        same = (gathered == gathered[0]).all(0).tolist()
+        other = [name for name, fits in zip(told, same, strict=True) if not fits]
+        if other:
+            raise ShardError(f"the ranks were given different {', '.join(other)}; each needs the same")
+
+    def device(self) -> torch.device:
+        """Where what the ranks tell each other must lie."""
+        nccl = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         tensor = tensor.contiguous()
         self._call("all_reduce", tensor, op)
@@ -66,6 +91,18 @@ class Ranks:
         )
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. Every rank computes the same from it, so each one's gradient is the whole one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0], None
+
+
 ALONE = Ranks()
 
 
@@ -76,15 +113,16 @@ class ShardedPatterns(PatternSource):
         retrieve(queries, patterns, beta=8.0)
 
     local: tensor (N_r, d) or another source: the patterns of this rank; in the order of the ranks they are the whole.
-        N_r may differ, width and dtype may not. A tensor may require grad: its gradient is that of this rank's
-        patterns.
+        N_r may differ, width and dtype may not. A tensor may require grad, on all ranks or on none: its gradient is
+        that of this rank's patterns. Masks and values are those of this rank's patterns, too.
     group: a process group; None makes one of all processes, whose calls end after `timeout` seconds.
     timeout: how long this rank waits for another one (default 60: a pass over a shard takes seconds), after which a
         ShardError is raised instead of waiting for ever. A group that is given has its own.
 
     Every rank gives the same queries and the same settings, and gets the same result; that they are the same is
-    checked. A loss that is computed alike on every rank gives each the whole gradient of queries and beta. Making one
-    is a collective call. Raises ShardError where shards do not fit together, ValueError without torch.distributed.
+    checked. Noise is that of the first rank. A loss that is computed alike on every rank gives each the whole gradient
+    of queries and beta. Making one is a collective call. Raises ShardError where shards do not fit together,
+    ValueError without torch.distributed.
     """
 
     def __init__(self, local: Tensor | PatternSource, group: Any = None, timeout: float = 60.0) -> None:
@@ -102,41 +140,25 @@ class ShardedPatterns(PatternSource):
         if isinstance(local, Tensor):
             check_float_tensor("local", local)
         self.local = TensorPatterns(local) if isinstance(local, Tensor) else local
-        group = dist.new_group(timeout=timedelta(seconds=timeout)) if group is None else group
-        self.ranks = Ranks(group)
+        self.ranks = Ranks(_all(timeout) if group is None else group)
         self.block = self.local.block
         self.width, self.dtype = self.local.width, self.local.dtype
         shapes = self._shapes()
-        self.count = sum(count for count, _, _ in shapes)
-        self.start = sum(count for count, _, _ in shapes[: self.ranks.rank])
+        self.count = sum(shape[0] for shape in shapes)
+        self.start = sum(shape[0] for shape in shapes[: self.ranks.rank])
 
-    def _shapes(self) -> list[tuple[int, int, int]]:
-        """Count, width and bytes a number of every shard."""
-        about = torch.tensor([self.local.count, self.width, self.dtype.itemsize], device=self._device())
+    def _shapes(self) -> list[tuple[int, int, int, int]]:
+        """Count, width, bytes a number and a mark of the dtype, of every shard."""
+        numbers = [self.local.count, self.width, self.dtype.itemsize, _mark(str(self.dtype))]
+        about = torch.tensor(numbers, device=self.ranks.device())
         shapes = [tuple(int(n) for n in part) for part in self.ranks.gather(about)]
         if len({shape[1:] for shape in shapes}) > 1:
             told = "; ".join(
-                f"rank {rank}: {n} x {d}, {size} bytes" for rank, (n, d, size) in enumerate(shapes)
+                f"rank {rank}: {n} x {d}, {size} bytes a number"
+                for rank, (n, d, size, _) in enumerate(shapes)
             )
             raise ShardError(f"the shards have different widths or dtypes ({told}); all need the same")
         return shapes  # type: ignore[return-value]
-
-    def _device(self) -> torch.device:
-        nccl = dist.get_backend(self.ranks.group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-
-    def check_same(self, query: Tensor, settings: tuple[float, ...]) -> None:
-        """Raise ShardError unless every rank gave these queries and settings; one small message."""
-        flat = query.detach().double().reshape(-1)
-        weighed = (
-            flat.nan_to_num(0.0)
-            @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device).sin()
-        )
-        about = torch.tensor(
-            [float(len(flat)), float(weighed), *settings], dtype=torch.float64, device=self._device()
-        )
-        if any(not torch.equal(part, about) for part in self.ranks.gather(about)):
-            raise ShardError("the ranks were given different queries or settings; each needs the same ones")
 
     def blocks(self, size: int) -> Iterator[Tensor]:
         """Those of this rank."""
@@ -150,6 +172,28 @@ class ShardedPatterns(PatternSource):
 
     def __repr__(self) -> str:
         return f"ShardedPatterns(rank {self.ranks.rank} of {self.ranks.size}: {self.local!r}, {self.count} in all)"
+
+
+def _all(timeout: float) -> Any:
+    """A new group of all processes."""
+    try:
+        return dist.new_group(timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        detail = (str(error).splitlines() or [""])[0]
+        raise ShardError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()}: no group of all processes within {timeout:g} seconds "
+            f"({detail}). Start all of them, and let each make its patterns"
+        ) from error
+
+
+def _mark(part: object) -> int:
+    """63 bits that tell one thing from another, the same in every process."""
+    if isinstance(part, Tensor):
+        flat = part.detach().contiguous().reshape(-1).cpu()
+        content = f"{tuple(part.shape)} {part.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
+    else:
+        content = str(part).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 
 def split_patterns(

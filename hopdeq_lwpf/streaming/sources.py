@@ -86,6 +86,7 @@ class BlockPatterns(PatternSource):
 
     given: a sequence of tensors, or a function without arguments that returns an iterator of them; it is called for
         every pass over the patterns and must give the same each time. An iterator is refused: it could be read once.
+        So is a block that requires grad, since blocks pass no gradient on.
 
     Making one reads all blocks once, to count them and to check that they fit together. Raises TypeError or
     ValueError, naming the block, for what does not.
@@ -103,6 +104,11 @@ class BlockPatterns(PatternSource):
         self.count, first = 0, None
         for number, part in enumerate(self._parts()):
             check_float_tensor(f"block {number} of patterns", part)
+            if part.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"block {number} of patterns requires grad, and blocks pass no gradient on; detach() it, or give "
+                    "one tensor with stream=True, which gets its gradient"
+                )
             if part.ndim != 2:
                 raise ValueError(f"block {number} of patterns must be (n, d), got shape {tuple(part.shape)}")
             first = part if first is None else first
@@ -121,23 +127,25 @@ class BlockPatterns(PatternSource):
 
     def blocks(self, size: int) -> Iterator[Tensor]:
         """The blocks as they come, split where they are larger; ValueError where they are fewer or more than before."""
-        seen = 0
+        seen, same = 0, True
         for part in self._parts():
             seen += len(part)
-            if seen > self.count or part.shape[1] != self.width:
+            same = seen <= self.count and part.shape[1:] == (self.width,)
+            if not same:
                 break
-            yield from part.split(size)
-        if seen != self.count:
+            if len(part):
+                yield from part.split(size)
+        if not same or seen != self.count:
             raise ValueError(
                 f"the blocks of patterns changed between two passes: there were {self.count} patterns of width "
                 f"{self.width}, and now there are other ones; give the same blocks each time"
             )
 
     def rows(self, index: Tensor) -> Tensor:
-        """One pass over the blocks."""
+        """One pass over the blocks; raises as `blocks` does."""
         found = torch.empty((len(index), self.width), dtype=self.dtype)
         start, index = 0, index.cpu()
-        for part in self._parts():
+        for part in self.blocks(LARGEST_BLOCK):
             here = ((index >= start) & (index < start + len(part))).nonzero().squeeze(1)
             found[here] = part.detach().cpu().index_select(0, index[here] - start)
             start += len(part)
