@@ -3,7 +3,7 @@ BIN := .venv/bin
 # One thread a test process: the tensors are small, and two processes share two cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-long check lint bench clean
+.PHONY: demo test test-long check lint bench docs clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +13,10 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .venv/.test: .venv/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: .venv/.installed          ## the main job on the digits: table, plots and report in results/compare
@@ -35,5 +39,8 @@ check: lint test                ## what CI runs
 bench: .venv/.test              ## speed, accuracy and basins against torchdeq (some ten minutes)
 	$(BIN)/python -m benchmarks
 
+docs: .venv/.docs               ## the site in docs/_build/html; runs the tutorials (some minutes)
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis results dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis results dist docs/_build
