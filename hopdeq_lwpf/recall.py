@@ -14,7 +14,7 @@ from hopdeq_lwpf._layout import check_input, group, without_padding
 from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
-from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, StreamedContext, combine, streams
+from hopdeq_lwpf.retrieval import AnyContext, Retrieval, RetrievalContext, StreamedContext, combine, streams
 from hopdeq_lwpf.screening import SCREEN_FROM, Screened, screens
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
@@ -112,8 +112,7 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     solves = make_solver(solver)
     make_adjoint(adjoint)
     if steps is None:
-        screened = isinstance(x, StreamedContext) and _screened(f, x, solves, screen, trace)
-        chosen: str | Solver = cast(Solver, Screened(solves)) if screened else solver
+        chosen = _screened(f, x, solves, screen, trace) or solver
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
         z0 = f.init(x).detach() if inject == "input" else f.init(x)
         solution = fixed_point(
@@ -150,13 +149,14 @@ def _source(
 
 
 def _screened(
-    f: Retrieval, x: StreamedContext, solver: Solver | None, screen: bool | None, trace: bool
-) -> bool:
-    """Whether the solve is screened."""
-    if screen is not None:
-        return screen
+    f: Retrieval, x: AnyContext, solver: Solver | None, screen: bool | None, trace: bool
+) -> Solver | None:
+    """The solver that screens; None where none is wanted or it cannot."""
+    if not isinstance(x, StreamedContext):
+        return None
     own = solver is None or hasattr(solver, "propose")
-    return own and not trace and x.total >= SCREEN_FROM and screens(f, x)
+    many = own and not trace and x.total >= SCREEN_FROM and screens(f, x)
+    return cast(Solver, Screened(solver)) if (many if screen is None else screen) else None
 
 
 def _recall_streamed(f: Retrieval, x: StreamedContext, solution: Solution, *, solved: bool) -> Recall:

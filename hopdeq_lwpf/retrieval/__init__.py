@@ -5,6 +5,7 @@ from hopdeq_lwpf.retrieval.context import combine as combine
 from hopdeq_lwpf.retrieval.context import irregular as irregular
 from hopdeq_lwpf.retrieval.context import times as times
 from hopdeq_lwpf.retrieval.function import INJECT as INJECT
+from hopdeq_lwpf.retrieval.function import AnyContext as AnyContext
 from hopdeq_lwpf.retrieval.function import Retrieval as Retrieval
 from hopdeq_lwpf.retrieval.streamed import streams as streams
 from hopdeq_lwpf.retrieval.streamed_context import StreamedContext as StreamedContext
