@@ -54,6 +54,8 @@ class FixedPointFunction(Protocol):
     different piece, one number a problem, f has a kink (forgetting: how many patterns are kept); None: smooth.
     `step(z, x)`: (f, read-out), where another tensor than the state is read out, at the price of f.
     `metric(z, x)`: applies a symmetric positive definite M(z) for which M df/dz is self-adjoint; None: not known.
+    `trusted(z, x)`: of an f that stands for another only near some states: bool, one a problem. A solve of a problem
+    ends, unconverged, at the first tested state at which it does not hold, and returns one at which it did.
     `inject`: "input" says that the query enters every step, so that z0 may be detached without loss.
     `select(x, live)`: x for a subset of the problems that includes the live ones, and the rows that were
     kept; solvers drop finished problems only where it is there, since nothing else says which tensors of x

@@ -371,9 +371,10 @@ def test_autocast(unit, adjoint, solver):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         recall = retrieve(query, patterns, forgetting=unit, adjoint=adjoint, solver=solver, stop=stop)
     assert recall.state.dtype == torch.float32
-    # Anderson may cross a kink for ever, or stop at a saddle: both are reported, and nothing else is excused.
-    excused = solver == "anderson" and isinstance(unit, PFU)
-    assert int((~recall.converged).sum()) <= excused
+    # Anderson may cross a kink for ever, and root finders stop at saddles: both are reported, nothing else is excused.
+    wandering = solver == "anderson" and isinstance(unit, PFU)
+    excused = wandering or solver == "broyden"
+    assert int((~recall.converged).sum()) <= wandering
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         (gradient,) = torch.autograd.grad(recall.value.float().sum(), patterns)

@@ -15,8 +15,9 @@ class _Memory(NamedTuple):
     z: Tensor
     r: Tensor
     size: Tensor  # (B,)
-    left: Tensor  # (B, m, n): H = -I + sum_i left_i right_i^T, the inverse Jacobian of f(z) - z
-    right: Tensor  # (B, m, n)
+    hr: Tensor  # (B, n): H r
+    left: tuple[Tensor, ...]  # (B, n) each: H = -I + sum_i left_i right_i^T, the inverse Jacobian of f(z) - z
+    right: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,49 @@ class Broyden:
     def propose(self, memory: Memory, now: Iterate) -> tuple[Tensor, Memory]:
         r = now.fz - now.z
         size = torch.linalg.vector_norm(r, dim=-1)
-        if memory is None or memory.left.shape[1] == self.memory:
-            none = r.new_empty((r.shape[0], 0, r.shape[1]))
-            return now.fz, _Memory(now.z, r, size, none, none)
-        left, right = self._update(memory, now.z - memory.z, r - memory.r)
-        poor = (size > self.restart * memory.size) | ~left[:, -1].isfinite().all(-1)
-        left, right = (part.masked_fill(poor[:, None, None], 0.0) for part in (left, right))
-        fresh = _Memory(now.z, r, size, left, right)
+        if memory is None or len(memory.left) == self.memory:
+            return now.fz, _Memory(now.z, r, size, -r, (), ())
+        fresh = _update(memory, now.z, r, size)
+        length = torch.linalg.vector_norm(fresh.hr, dim=-1)
+        poor = (size > self.restart * memory.size) | ~(length < float("inf"))
+        if bool(poor.any()):
+            fresh = _forget(poor, fresh)
+            length = torch.where(poor, size, length)
         if now.step < self.warmup:
             return now.fz, fresh
-        step = -_apply(left, right, r)
-        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
-        step = step * (self.step_cap * size[:, None] / length).clamp_max(1.0)
-        return now.z + pick(step.isfinite().all(-1), step, r), fresh
-
-    def _update(self, memory: _Memory, s: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """H <- H + (s - H y) (s^T H) / (s^T H y); no update where the denominator is rounding noise."""
-        hy = _apply(memory.left, memory.right, y)
-        sh = _apply(memory.right, memory.left, s)
-        bottom = (s * hy).sum(-1, keepdim=True)
-        lengths = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * torch.linalg.vector_norm(
-            hy, dim=-1, keepdim=True
-        )
-        good = bottom.abs() > 1e-8 * lengths
-        gain = good / bottom.masked_fill(~good, 1.0)
-        return torch.cat([memory.left, ((s - hy) * gain)[:, None]], 1), torch.cat(
-            [memory.right, sh[:, None]], 1
-        )
+        share = (self.step_cap * size / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
+        return torch.addcmul(now.z, share[:, None], fresh.hr, value=-1), fresh
 
 
-def _apply(left: Tensor, right: Tensor, v: Tensor) -> Tensor:
+def _update(old: _Memory, z: Tensor, r: Tensor, size: Tensor) -> _Memory:
+    """H <- H + (s - H y) (s^T H) / (s^T H y); no update where the denominator is rounding noise."""
+    s = z - old.z
+    before = _apply(old.left, old.right, r)
+    hy = before - old.hr  # H r is known of the point before
+    sh = _apply(old.right, old.left, s)
+    bottom = (s * hy).sum(-1, keepdim=True)
+    lengths = torch.linalg.vector_norm(s, dim=-1, keepdim=True) * torch.linalg.vector_norm(
+        hy, dim=-1, keepdim=True
+    )
+    gain = torch.where(bottom.abs() > 1e-8 * lengths, bottom, float("inf")).reciprocal()
+    left = (s - hy) * gain
+    hr = torch.addcmul(before, left, (sh * r).sum(-1, keepdim=True))
+    return _Memory(z, r, size, hr, (*old.left, left), (*old.right, sh))
+
+
+def _forget(rows: Tensor, memory: _Memory) -> _Memory:
+    """H = -I in these rows."""
+    zero = torch.zeros_like(memory.r)
+    return memory._replace(
+        hr=pick(rows, -memory.r, memory.hr),
+        left=tuple(pick(rows, zero, part) for part in memory.left),
+        right=tuple(pick(rows, zero, part) for part in memory.right),
+    )
+
+
+def _apply(left: tuple[Tensor, ...], right: tuple[Tensor, ...], v: Tensor) -> Tensor:
     """(-I + sum_i left_i right_i^T) v."""
-    if not left.shape[1]:
-        return -v
-    return (left.transpose(1, 2) @ (right @ v[:, :, None])).squeeze(-1) - v
+    out = -v
+    for one, other in zip(left, right, strict=True):
+        out = torch.addcmul(out, one, (other * v).sum(-1, keepdim=True))
+    return out

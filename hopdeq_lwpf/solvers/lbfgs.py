@@ -28,11 +28,12 @@ class _Pair(NamedTuple):
 class _Memory(NamedTuple):
     z: Tensor
     r: Tensor
+    size: Tensor  # (B,): |r|
     merit: Tensor | None  # (B,): energy, or the log of the residual where f has none; None where nobody asks
     floor: Tensor  # (B, 1): squared step below which its pair is rounding noise
     piece: Tensor | None  # (B,)
     pairs: tuple[_Pair, ...]
-    accelerated: Tensor  # (B,) bool: rows whose last proposal was not the plain step
+    accelerated: Tensor | None  # (B,) bool: rows whose last proposal was not the plain step; None: every row
 
 
 @dataclass(frozen=True)
@@ -86,27 +87,35 @@ class LBFGS:
         if now.step < self.warmup - 1:
             return now.fz, None
         r = now.fz - now.z
+        size = torch.linalg.vector_norm(r, dim=-1)
         if memory is None:
-            return now.fz, _first(now, r)
+            return now.fz, _first(now, r, size)
         old: _Memory = memory
         pairs = (*old.pairs, _pair(old, now, r))[-self.memory :]
-        accelerated = old.accelerated
-        if not bool(accelerated.all()):
-            fresh = self._aligned(r, old.r) & ~accelerated
+        accelerated, aligned = old.accelerated, None
+        if accelerated is not None:
+            aligned = self._aligned(r, size, old)
+            fresh = aligned & ~accelerated
             if bool(fresh.any()):
-                accelerated = accelerated | (fresh & self._slow(r, old.r, now))
-        new = old._replace(z=now.z, r=r, merit=None, piece=now.piece, pairs=pairs, accelerated=accelerated)
+                accelerated = accelerated | (fresh & self._slow(size, old.size, now))
+        new = _Memory(now.z, r, size, None, old.floor, now.piece, pairs, accelerated)
         new = self._guarded(old, new, now) if self.guard else new
-        awake = int(torch.count_nonzero(new.accelerated))
-        # Rows decide for themselves; where none is accelerated, as in easy problems, nothing more is computed.
-        if not awake:
-            return new.z + new.r, new
+        plain = None if new.accelerated is None else ~new.accelerated
+        if plain is not None:
+            asleep = int(torch.count_nonzero(plain))
+            # Rows decide for themselves; where none is accelerated, as in easy problems, nothing more is computed.
+            if asleep == len(plain):
+                return new.z + new.r, new
+            if not asleep:
+                plain, new = None, new._replace(accelerated=None)
         if self.guard and new.merit is None:
             new = new._replace(merit=_merit(now, r))
-        step = self._cap(_direction(new.r, new.pairs), new.r)
-        step = self._escape(step, new, old)
-        far = new.z + step
-        return (far if awake == len(far) else pick(new.accelerated, far, new.z + new.r)), new
+        step = self._cap(_direction(new.r, new.pairs), new.size)
+        leaving = pairs[-1].curvature < 0
+        if self.escape and bool(leaving.any()):
+            aligned = self._aligned(r, size, old) if aligned is None else aligned
+            step = self._escape(step, r, pairs[-1], leaving.squeeze(1) & aligned)
+        return new.z + (step if plain is None else pick(plain, new.r, step)), new
 
     def _guarded(self, old: _Memory, new: _Memory, now: Iterate) -> _Memory:
         """`new` with the steps taken back that raised the merit or crossed a kink."""
@@ -114,46 +123,46 @@ class LBFGS:
         if new.piece is not None and old.piece is not None:
             crossed = new.piece != old.piece
             if bool(crossed.any()):
-                accelerated = new.accelerated & ~crossed
-                new = new._replace(accelerated=accelerated, pairs=_without(crossed, new.pairs))
+                new = new._replace(
+                    accelerated=_but(new.accelerated, crossed), pairs=_without(crossed, new.pairs)
+                )
         if old.merit is None:  # no row was accelerated
             return new
-        new = new._replace(merit=_merit(now, new.r))
-        assert new.merit is not None
-        worse = new.merit > old.merit + _slack(old, now)
-        worse = (worse if crossed is None else worse | crossed) & old.accelerated
+        merit = _merit(now, new.r)
+        new = new._replace(merit=merit)
+        worse = merit > old.merit + _slack(old, now)
+        if crossed is not None:
+            worse = worse | crossed
+        if old.accelerated is not None:
+            worse = worse & old.accelerated
         return _take_back(old, new, worse) if bool(worse.any()) else new
 
-    def _cap(self, step: Tensor, r: Tensor) -> Tensor:
-        limit = self.step_cap * torch.linalg.vector_norm(r, dim=-1, keepdim=True)
-        length = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+    def _cap(self, step: Tensor, size: Tensor) -> Tensor:
+        """The step, not longer than `step_cap` residuals of length `size` (B,)."""
+        limit, length = self.step_cap * size, torch.linalg.vector_norm(step, dim=-1)
         if not bool((length > limit).any()):
             return step
-        return step * (limit / length.clamp_min(torch.finfo(r.dtype).tiny)).clamp_max(1.0)
+        return step * (limit / length.clamp_min(torch.finfo(step.dtype).tiny)).clamp_max(1.0)[:, None]
 
-    def _escape(self, step: Tensor, new: _Memory, old: _Memory) -> Tensor:
-        """The step, longer where a row leaves a saddle: its residual grows without turning.
+    def _escape(self, step: Tensor, r: Tensor, last: _Pair, leaving: Tensor) -> Tensor:
+        """The step, longer in the rows `leaving` a saddle: where the residual grows without turning.
 
         Plain steps with a residual that grows by the factor 1 + growth each come to r ((1 + growth)^n - 1) / growth.
         """
-        last = new.pairs[-1]
-        leaving = last.curvature < 0
-        if not self.escape or not bool(leaving.any()):
-            return step
-        leaving = leaving & self._aligned(new.r, old.r)[:, None]
-        growth = -last.curvature / torch.where(last.length > 0, last.length, 1.0)
+        rows = leaving.nonzero().squeeze(1)
+        curvature, length = last.curvature.index_select(0, rows), last.length.index_select(0, rows)
+        growth = -curvature / torch.where(length > 0, length, 1.0)
         times = self.escape / growth.clamp(self.escape / self.step_cap, self.escape)
-        return torch.where(leaving, times * new.r, step)
+        return step.index_copy(0, rows, times * r.index_select(0, rows))
 
-    def _aligned(self, r: Tensor, before: Tensor) -> Tensor:
-        lengths = torch.linalg.vector_norm(r, dim=-1) * torch.linalg.vector_norm(before, dim=-1)
-        return (r * before).sum(-1) > self.align * lengths
+    def _aligned(self, r: Tensor, size: Tensor, old: _Memory) -> Tensor:
+        """(B,) bool: whether the residual points as the one before."""
+        return (r * old.r).sum(-1) > self.align * size * old.size
 
-    def _slow(self, r: Tensor, before: Tensor, now: Iterate) -> Tensor:
-        """Rows that plain steps would not finish soon."""
-        length, longer = torch.linalg.vector_norm(r, dim=-1), torch.linalg.vector_norm(before, dim=-1)
-        # The residual falls by length / longer a step.
-        soon = length * (length / longer) ** self.patience
+    def _slow(self, size: Tensor, before: Tensor, now: Iterate) -> Tensor:
+        """Rows that plain steps would not finish soon, from the lengths (B,) of the last two residuals."""
+        # The residual falls by size / before a step.
+        soon = size * (size / before) ** self.patience
         return ~(soon <= now.rtol * torch.linalg.vector_norm(now.fz, dim=-1))
 
 
@@ -171,28 +180,36 @@ def _slack(old: _Memory, now: Iterate) -> Tensor | float:
     return torch.add(old.floor[:, 0] / (2 * now.eps), old.merit.abs(), alpha=16 * now.eps)
 
 
-def _first(now: Iterate, r: Tensor) -> _Memory:
+def _first(now: Iterate, r: Tensor, size: Tensor) -> _Memory:
     """The memory before there is a pair."""
     floor = (4 * now.eps) ** 2 * now.z.square().sum(-1, keepdim=True)
-    none = torch.zeros_like(r[:, 0], dtype=torch.bool)
-    return _Memory(now.z, r, None, floor, now.piece, (), none)
+    none = torch.zeros_like(size, dtype=torch.bool)
+    return _Memory(now.z, r, size, None, floor, now.piece, (), none)
 
 
 def _take_back(old: _Memory, new: _Memory, worse: Tensor) -> _Memory:
     """Rows in `worse` return to the point before and forget their pairs; their next step is the plain one."""
     assert old.merit is not None
     assert new.merit is not None
+    rows = worse.nonzero().squeeze(1)
     return new._replace(
-        z=pick(worse, old.z, new.z),
-        r=pick(worse, old.r, new.r),
+        z=new.z.index_copy(0, rows, old.z.index_select(0, rows)),
+        r=new.r.index_copy(0, rows, old.r.index_select(0, rows)),
+        size=torch.where(worse, old.size, new.size),
         merit=torch.where(worse, old.merit, new.merit),
         piece=None if old.piece is None or new.piece is None else torch.where(worse, old.piece, new.piece),
         pairs=_without(worse, new.pairs),
-        accelerated=new.accelerated & ~worse,
+        accelerated=_but(new.accelerated, worse),
     )
 
 
+def _but(accelerated: Tensor | None, rows: Tensor) -> Tensor:
+    """The rows that are accelerated, without these."""
+    return ~rows if accelerated is None else accelerated & ~rows
+
+
 def _without(rows: Tensor, pairs: tuple[_Pair, ...]) -> tuple[_Pair, ...]:
+    """The pairs, unused in these rows (B,)."""
     return tuple(pair._replace(rho=pair.rho.masked_fill(rows[:, None], 0.0)) for pair in pairs)
 
 

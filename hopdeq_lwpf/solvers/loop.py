@@ -13,10 +13,10 @@ from hopdeq_lwpf.solvers.base import Deferred, Iterate, Memory, Solver, pick, ta
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
 
-# Re-packing costs a tenth of an evaluation and some four follow before the next test; below a handful of rows an
-# evaluation costs its overhead whatever the number of rows.
+# Re-packing costs a tenth of an evaluation and some four follow before the next test. Of a handful of rows it costs
+# more than that where patterns are few, but where they are many an evaluation still costs by the row: by halves.
 DROP_BELOW = 0.9
-SMALLEST_BATCH = 8
+HANDFUL, DROP_FEW_BELOW = 8, 0.5
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Verdict:
     residual: Tensor  # |f(z) - z|
     relative: Tensor  # |f(z) - z| / |f(z)|, 0 where both are
     within: Tensor  # bool: the tolerance is met
-    sane: Tensor  # bool: finite and not diverged
+    sane: Tensor  # bool: finite, not diverged, and where f is to be trusted
     goes_on: Tensor  # bool
 
     def code(self) -> Tensor:
@@ -91,10 +91,11 @@ class _Work:
     def drop(self) -> Tensor | None:
         """Re-pack when enough rows have stopped and f can be narrowed; the rows that stay, or None."""
         current = self.z.shape[0]
-        if current < SMALLEST_BATCH or self.remaining > DROP_BELOW * current:
+        most = (DROP_FEW_BELOW if current < HANDFUL else DROP_BELOW) * current
+        if self.remaining > most:
             return None
         narrowed = self.f.narrow(self.live)
-        if narrowed is None or narrowed[1].shape[0] > DROP_BELOW * current:
+        if narrowed is None or narrowed[1].shape[0] > most:
             return None
         self.f, keep = narrowed
         self.rows = keep if self.rows is None else self.rows.index_select(0, keep)
@@ -113,9 +114,12 @@ class _Work:
             scale = torch.maximum(residual, size) * stop.divergence
             self.scale = scale.nan_to_num(0.0, posinf=0.0)
         sane = residual <= self.scale
+        relative = residual / size.clamp_min(torch.finfo(size.dtype).tiny)
+        trusted = self.f.trusted(z)
+        if trusted is not None:
+            sane, relative = sane & trusted, relative.masked_fill(~trusted, float("inf"))
         within = (residual <= size * stop.rtol + stop.atol) & sane
         goes_on = torch.zeros_like(sane) if last else self.live & sane & ~within
-        relative = residual / size.clamp_min(torch.finfo(size.dtype).tiny)
         return Verdict(residual, relative, within, sane, goes_on)
 
 
@@ -183,21 +187,29 @@ def run(
     if not hasattr(solver, "propose"):
         return cast(Any, solver).run(f, z0, stop, trace)
     course = Course(f, z0, stop, trace=trace, energy=solver.uses_energy, least=least)
-    work = course.work
     while not course.ended:
-        step = course.step
-        fz, energy, piece = course.evaluate()
-        if course.ended:
-            break
-        keep = work.drop() if drop and stop.checks(step) else None
-        if keep is not None:
-            fz, piece = take((fz, piece), keep)
-            energy = None if energy is None else energy.take(keep)
-        metric = work.f.metric(work.z) if solver.uses_metric else None
-        now = Iterate(step, work.z, fz, energy, piece, metric, f.eps, stop.rtol)
-        with f.full_precision():
-            work.z, work.memory = solver.propose(work.memory, now)
+        _advance(course, solver, drop)
     return course.finish()
+
+
+def _advance(course: Course, solver: Solver, drop: bool) -> None:
+    """One evaluation and, unless every problem has stopped, the next iterate.
+
+    A function of its own, so that what an energy is made from, several times the state, is freed before the next
+    evaluation asks for as much again.
+    """
+    work, step = course.work, course.step
+    fz, energy, piece = course.evaluate()
+    if course.ended:
+        return
+    keep = work.drop() if drop and course.stop.checks(step) else None
+    if keep is not None:
+        fz, piece = take((fz, piece), keep)
+        energy = None if energy is None else energy.take(keep)
+    metric = work.f.metric(work.z) if solver.uses_metric else None
+    now = Iterate(step, work.z, fz, energy, piece, metric, work.f.eps, course.stop.rtol)
+    with work.f.full_precision():
+        work.z, work.memory = solver.propose(work.memory, now)
 
 
 def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: int, *, early: bool) -> None:
@@ -208,13 +220,15 @@ def _test(work: _Work, outcome: Outcome, fz: Tensor, stop: Termination, step: in
         verdict.within = torch.zeros_like(verdict.sane)
     relative = verdict.relative
     better = relative < work.best
-    if bool(better.all()):
+    stopped = work.live ^ verdict.goes_on
+    work.live = verdict.goes_on
+    # One look at the device for both.
+    counts = torch.stack((work.live.count_nonzero(), better.count_nonzero())).tolist()
+    before, work.remaining = work.remaining, counts[0]
+    if counts[1] == len(better):
         work.best_z, work.best = work.z, relative
     else:
         work.best_z, work.best = pick(better, work.z, work.best_z), torch.where(better, relative, work.best)
-    stopped = work.live ^ verdict.goes_on
-    work.live = verdict.goes_on
-    before, work.remaining = work.remaining, int(torch.count_nonzero(work.live))
     if work.remaining == before:
         return
     code = verdict.code()

@@ -109,6 +109,8 @@ class StateView:
 class FlatFunction:
     """f over flat states: (B, n) -> (B, n), with energy and metric where f has them."""
 
+    _trusted: Callable[..., Tensor] | None = None
+
     def __init__(
         self,
         f: Callable[..., State],
@@ -128,6 +130,7 @@ class FlatFunction:
         self.has_energy = bool(getattr(f, "has_energy", False))
         self._evaluate = getattr(f, "evaluate", None)
         self._select = getattr(f, "select", None)
+        self._trusted = getattr(f, "trusted", None)
         self._plain = view.plain
         self._checked = False
         # What one rounding of f costs, relative; guards must allow for it.
@@ -184,6 +187,13 @@ class FlatFunction:
             self._checked = True
         return self.view.flatten(fz)
 
+    def trusted(self, flat: Tensor) -> Tensor | None:
+        """(B,) bool: where f is what it stands for; None: everywhere, as of nearly every f."""
+        if self._trusted is None:
+            return None
+        rows: Tensor = self._trusted(self.view.unflatten(flat), self.x).reshape(-1)
+        return rows
+
     def metric(self, flat: Tensor) -> Matvec | None:
         """M(z) over flat vectors, or None where f declares none."""
         declared = getattr(self.f, "metric", None)
@@ -201,7 +211,7 @@ class FlatFunction:
     def of_function(self, f: Any) -> FlatFunction:
         """The same layout for another f; not narrowed, since the rows of x are only known to the first."""
         other = copy.copy(self)
-        other.f, other._evaluate, other._select = f, getattr(f, "evaluate", None), None
+        other.f, other._evaluate, other._select, other._trusted = f, getattr(f, "evaluate", None), None, None
         return other
 
     def full_precision(self) -> AbstractContextManager[object]:
