@@ -25,9 +25,11 @@ from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.streaming import PatternSource, TensorPatterns, as_source
 
 Patterns: TypeAlias = Tensor | PatternSource | Sequence[Tensor] | Callable[[], Iterable[Tensor]]
-# Scores of all queries with all patterns from which on a tensor is looked at in blocks: 64 MiB in float32, of which a
-# step needs several.
-STREAM_FROM = 2**24
+# Scores of all queries with all patterns from which on a tensor is looked at in blocks. Where no gradient is recorded,
+# this is where they leave the cache, and blocks were measured to be twice as fast; with one, second derivatives are given
+# up only where memory asks for it, at 64 MiB in float32, of which a step needs several.
+STREAM_FROM = 2**21
+STREAM_FROM_WITH_GRADIENT = 2**24
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
         read-out with the values, so that 1 is attention; None reads out at the equilibrium.
     solver, stop, adjoint, trace: see `fixed_point`.
     stream: whether the patterns are looked at in blocks, so that memory does not grow with N: the same result to
-        rounding, and no second derivatives. None: sources always, and a tensor (N, d) from 2**24 scores (B N) on where
-        separation and forgetting allow it; there it is faster too.
+        rounding, and no second derivatives. None: sources always, and a tensor (N, d) where separation and forgetting
+        allow it, from 2**21 scores (B N) on, where it is faster; from 2**24 where a gradient is recorded.
     screen: whether streamed patterns are solved on a few candidates of each query, with a bound that says how far
         those may be trusted, and every equilibrium verified by a pass over all patterns (`screening.Screened`). None:
         from 2**14 patterns on where that is possible (dot products; no unit but ReLU and PFU with a threshold that
@@ -139,7 +141,8 @@ def _source(
     assert isinstance(patterns, Tensor)
     check_input(query, patterns, mask)
     if stream is None:
-        large = patterns.ndim == 2 and query.shape[:-1].numel() * len(patterns) >= STREAM_FROM
+        least = STREAM_FROM_WITH_GRADIENT if torch.is_grad_enabled() else STREAM_FROM
+        large = patterns.ndim == 2 and query.shape[:-1].numel() * len(patterns) >= least
         stream = large and streams(f) and not transformed() and not torch.compiler.is_compiling()
     if stream and patterns.ndim != 2:
         raise ValueError(
