@@ -26,8 +26,8 @@ from hopdeq_lwpf.streaming import PatternSource, TensorPatterns, as_source
 
 Patterns: TypeAlias = Tensor | PatternSource | Sequence[Tensor] | Callable[[], Iterable[Tensor]]
 # Scores of all queries with all patterns from which on a tensor is looked at in blocks. Where no gradient is recorded,
-# this is where they leave the cache, and blocks were measured to be twice as fast; with one, second derivatives are given
-# up only where memory asks for it, at 64 MiB in float32, of which a step needs several.
+# this is where they leave the cache, and blocks were measured to be twice as fast; with one, second derivatives are
+# given up only where memory asks for it, at 64 MiB in float32, of which a step needs several.
 STREAM_FROM = 2**21
 STREAM_FROM_WITH_GRADIENT = 2**24
 
