@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from hopdeq_lwpf import models as models
     from hopdeq_lwpf import solvers as solvers
     from hopdeq_lwpf._types import ConvergenceError as ConvergenceError
+    from hopdeq_lwpf._types import ConvergenceWarning as ConvergenceWarning
     from hopdeq_lwpf._types import Result as Result
     from hopdeq_lwpf._types import Solution as Solution
     from hopdeq_lwpf.memory import Memory as Memory
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 # once and torch only when there is work to do.
 _HOME = {
     "ConvergenceError": "_types",
+    "ConvergenceWarning": "_types",
     "Equilibrium": "solvers",
     "Memory": "memory",
     "Result": "_types",

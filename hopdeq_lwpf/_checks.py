@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import math
-from collections.abc import Iterable
+import types
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 class SpecError(ValueError):
@@ -19,6 +21,43 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.deepcopy(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def forms(settings: Any, free: Collection[str] = ()) -> None:
+    """SpecError where a field is one value, a list or a mapping and should be another of these, or should be text.
+
+    What numbers are allowed is said by other checks. free: fields that take several forms.
+    """
+    for name, hint in _hints(type(settings)).items():
+        value = getattr(settings, name)
+        if name not in free and not _has_form(value, hint):
+            raise SpecError(f"{name} must be {_form(hint)}, got {value!r}")
+
+
+_hints: Callable[[type], dict[str, Any]] = functools.cache(get_type_hints)
+
+
+def _has_form(value: object, hint: Any) -> bool:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_has_form(value, one) for one in inner)
+    if kind in (tuple, list):
+        return isinstance(value, (tuple, list)) and all(_has_form(entry, inner[0]) for entry in value)
+    if kind is dict:
+        return isinstance(value, Mapping)
+    if kind is str:
+        return isinstance(value, str)
+    return kind is Any or not isinstance(value, (tuple, list, Mapping))
+
+
+def _form(hint: Any) -> str:
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_form(one) for one in inner))
+    if kind in (tuple, list):
+        return f"a list, each entry {_form(inner[0])}"
+    names = {dict: "a mapping", str: "text", type(None): "null"}
+    return names.get(kind, "one value")
 
 
 def did_you_mean(name: object, allowed: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._types import check_float_tensor, check_same_kind, plain
+from hopdeq_lwpf._types import check_float_tensor, check_same_kind, plain, wide
 
 
 def attach(module: nn.Module, name: str, value: float | Tensor) -> None:
@@ -18,6 +18,16 @@ def attach(module: nn.Module, name: str, value: float | Tensor) -> None:
         module.register_buffer(name, value)
     else:
         setattr(module, name, float(value))
+
+
+def shown(value: float | Tensor) -> str:
+    """A number, or those of a tensor in four digits, for a repr; "..." on the meta device, where there are none."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.is_meta:
+        return "..."
+    numbers = ", ".join(f"{number:.4g}" for number in plain(value.detach()).reshape(-1).tolist())
+    return f"[{numbers}]" if value.ndim else numbers
 
 
 def lowest(value: float | Tensor) -> float:
@@ -140,3 +150,18 @@ def group(batch: torch.Size, patterns: Tensor) -> Tensor:
     rows = patterns.shape[-2:]
     target = batch if patterns.ndim == len(batch) + 2 else batch[:-1]
     return patterns.expand(*target, *rows).reshape(-1, *rows)
+
+
+def set_number(members: Tensor, start: int = 0) -> Tensor:
+    """A number for the set of columns that are 1, others being 0: (B, N) -> (B,) float64.
+
+    Different sets have different numbers but by chance, one of some 255. The numbers are sums of integers and exact,
+    so that they depend neither on the batch nor on the blocks that they are computed in. start: of the first column.
+    """
+    places = torch.arange(
+        start + 1, start + members.shape[-1] + 1, dtype=torch.float64, device=members.device
+    )
+    sizes = 1 + (1e4 * places.sin()).frac().abs().mul(255).floor()
+    # 2**16 sizes of up to 255 add up exactly in float32.
+    exact = wide(members) if members.shape[-1] <= 2**16 else members.double()
+    return (exact @ sizes.to(exact.dtype)).double()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class FixedPointFunction(Protocol):
     `energy(z, x)`: one value a problem, shape `z.shape[:-state_ndim]`.
     `evaluate(z, x)`: (f, energy, piece) at the price of one, called where it is there. energy: a tensor, or a
     function that makes it from what f computed, since solvers ask for few of them. Between two states of
-    different piece, one number a problem, f has a kink (forgetting: how many patterns are kept); None: smooth.
+    different piece, one number a problem, f has a kink (forgetting: which patterns are kept); None: smooth.
     `step(z, x)`: (f, read-out), where another tensor than the state is read out, at the price of f.
     `metric(z, x)`: applies a symmetric positive definite M(z) for which M df/dz is self-adjoint; None: not known.
     `trusted(z, x)`: of an f that stands for another only near some states: bool, one a problem. A solve of a problem
@@ -125,7 +125,7 @@ class Solution:
             f"What to try: {advice}."
         )
 
-    def require(self) -> Solution:
+    def require(self) -> Self:
         """Return self, or raise `ConvergenceError` saying how many failed, how badly and what to try."""
         message = self.failure()
         if message is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def flagged(arguments: Sequence[str], flags: Collection[str]) -> tuple[list[str]
 def assigned_keys(arguments: Sequence[str], option: str = "set") -> list[str]:
     """The KEYs of --set KEY=VALUE and --set.KEY VALUE, in their order."""
     found = []
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         name, equal, value = word.partition("=")
         key = name.removeprefix(f"--{option}.") if name.startswith(f"--{option}.") else ""
         if name == f"--{option}":

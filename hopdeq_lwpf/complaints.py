@@ -40,10 +40,11 @@ def explained(
     options: all that the given command has. others: those that only another kind of it has, with what to say about
     them.
     """
-    found = re.search(r"unrecognized arguments: (.*)", message)
+    # The wording differs between the releases of the parser since 4.40.
+    found = re.search(r"[Uu]nrecognized arguments: (.*)", message)
     if found:
-        return _unknown_option(found[1].split()[0], options, others)
-    found = re.search(r"does not accept option '([^']*)'", message)
+        return _unknown_option((found[1].split() or [""])[0], options, others)
+    found = re.search(r"does not accept (?:option|nested key) '([^']*)'", message)
     if found:
         if found[1] in others:
             return f"{found[1]!r} {others[found[1]]}"

@@ -328,7 +328,10 @@ def _above(scores: Tensor, limit: Tensor) -> Tensor:
 def _blend(scores: Tensor, fill: Tensor, kept: Tensor) -> Tensor:
     """Scores where kept, fill elsewhere: exactly, and so are the gradients of both."""
     # Unlike where(), lerp has no data-dependent branch, and it passes a NaN score on instead of hiding it.
-    return torch.lerp(fill.clamp_min(_lowest(scores)), scores.clamp_min(_lowest(scores)), kept)
+    fill, value = fill.clamp_min(_lowest(scores)), scores.clamp_min(_lowest(scores))
+    if scores.dtype is torch.float16:  # the difference of two of its numbers may be too large for it
+        return torch.lerp(fill.float(), value.float(), kept.float()).to(scores.dtype)
+    return torch.lerp(fill, value, kept)
 
 
 def _largest(scores: Tensor, k: int, mask: Mask) -> Tensor:

@@ -89,7 +89,8 @@ class LayerNorm(Normalization):
         centred = wide(a) - wide(a).mean(-1, keepdim=True)
         # Twice: rounding leaves a mean that is small for that of a, yet not for what is left.
         centred = centred - centred.mean(-1, keepdim=True)
-        return (centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(a.dtype)
+        # Divided, not multiplied by rsqrt(), whose derivative overflows at a small eps.
+        return (centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()).to(a.dtype)
 
     def conjugate(self, g: Tensor) -> Tensor:
         """-sqrt(d eps (d - |g|^2)), inf where g has a mean or |g|^2 > d."""

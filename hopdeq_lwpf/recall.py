@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hopdeq_lwpf._layout import check_input, group, without_padding
 from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
@@ -144,6 +145,7 @@ def _source(
         least = STREAM_FROM_WITH_GRADIENT if torch.is_grad_enabled() else STREAM_FROM
         large = patterns.ndim == 2 and query.shape[:-1].numel() * len(patterns) >= least
         stream = large and streams(f) and not transformed() and not torch.compiler.is_compiling()
+        stream = stream and all(forward_ad.unpack_dual(given).tangent is None for given in (query, patterns))
     if stream and patterns.ndim != 2:
         raise ValueError(
             f"stream=True needs patterns (N, d) that all queries share, got {tuple(patterns.shape)}"

@@ -1,4 +1,4 @@
-"""Solutions to and from disk."""
+"""Solutions, and structures of tensors such as checkpoints, to and from disk."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ SOLUTION = Kind("solution", 1, "load_solution(path)")
 CLASSES: dict[str, Any] = {
     kind.__name__: kind for kind in (Solution, Recall, MemoryRecall, Trace, AdjointReport)
 }
+# What a field of a Solution must be wherever it is there; value, state and labels have many forms.
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("result", "residual", "steps", "evaluations"), (Tensor,)),
+    **dict.fromkeys(("index", "weight", "support", "ids"), (Tensor,)),
+    "energy": (Tensor, type(None)),
+    "trace": (Trace, type(None)),
+    "adjoint": (AdjointReport, type(None)),
+    "note": (str,),
+}
 
 
 def save_solution(solution: Solution, path: str | os.PathLike[str]) -> None:
@@ -34,9 +43,7 @@ def save_solution(solution: Solution, path: str | os.PathLike[str]) -> None:
             f"solution must be one of {', '.join(CLASSES)}, got {type(solution).__name__}; convert it with "
             "Solution(...) first"
         )
-    tensors: dict[str, Tensor] = {}
-    described = _describe(solution, "", tensors, {})
-    write_tensors(path, SOLUTION, tensors, {"solution": described})
+    write_structure(path, SOLUTION, solution)
 
 
 def load_solution(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Solution:
@@ -44,14 +51,42 @@ def load_solution(path: str | os.PathLike[str], device: str | torch.device = "cp
 
     Raises DataError, one line, for a file that is missing, damaged, of another kind or of a newer version.
     """
-    tensors, description = read_tensors(path, SOLUTION, device)
-    try:
-        solution = _build(description["solution"], tensors)
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise DataError(f"{path}: is damaged ({type(error).__name__}: {error})") from error
+    solution = read_structure(path, SOLUTION, device)
     if not isinstance(solution, Solution):
         raise DataError(f"{path}: is damaged: it describes a {type(solution).__name__}, not a Solution")
+    for name, kinds in FIELDS.items():
+        if hasattr(solution, name) and not isinstance(getattr(solution, name), kinds):
+            raise DataError(f"{path}: is damaged: its {name} is a {type(getattr(solution, name)).__name__}")
     return solution
+
+
+def write_structure(path: str | os.PathLike[str], kind: Kind, value: Any) -> None:
+    """Write nested dicts, lists and tuples of tensors, numbers, strings, booleans and None to a safetensors file.
+
+    Keys of dicts are strings or whole numbers. A subclass of dict, list or tuple comes back as dict, list or tuple.
+    Raises TypeError that names the entry for anything else, DataError where `path` cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    described = _describe(value, "", tensors, {})
+    write_tensors(path, kind, tensors, {kind.name: described})
+
+
+def read_structure(
+    path: str | os.PathLike[str], kind: Kind, device: str | torch.device = "cpu", *, own: bool = False
+) -> Any:
+    """What `write_structure` wrote, bit for bit. Builds nothing but that: no code of the file runs.
+
+    own: whether the tensors are copies; else, on the CPU, they are private maps of the file until they are read.
+    Raises DataError, one line, for a file that is missing, damaged, of another kind or of a newer version.
+    """
+    tensors, description = read_tensors(path, kind, device)
+    if own:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        return _build(description[kind.name], tensors)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        detail = (str(error).splitlines() or [""])[0][:200]
+        raise DataError(f"{path}: is damaged ({type(error).__name__}: {detail})") from error
 
 
 # A key of `where`: tensors that are one and the same are written once and stay one when they are read.
@@ -92,8 +127,8 @@ def _describe(value: Any, name: str, tensors: dict[str, Tensor], where: dict[_Pl
             "fields": {key: inner(part, key) for key, part in entries.items()},
         }
     raise TypeError(
-        f"{name} holds a {type(value).__name__}, which a saved Solution cannot; use tensors, numbers, strings, "
-        "lists, tuples or dicts"
+        f"{name} holds a {type(value).__name__}, which such a file cannot; use tensors, numbers, strings, lists, "
+        "tuples or dicts"
     )
 
 

@@ -449,7 +449,8 @@ def test_a_database_that_does_not_answer_is_one_line_without_the_password(tmp_pa
 def test_a_missing_driver_of_a_database_is_named(tmp_path, threads, monkeypatch):
     monkeypatch.setattr(database.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        SpecError, match="postgresql needs a package that is missing: pip install psycopg2-binary"
+        SpecError,
+        match=r"postgresql needs a package that is missing: pip install 'hopdeq-lwpf\[postgresql\]'",
     ):
         run_trials(toy(tmp_path, grid=GRID, storage="postgresql://me@host/db"))
 

@@ -16,7 +16,14 @@ from hopdeq_lwpf._types import AdjointReport, Result, Solution
 from hopdeq_lwpf.forgetting import PFU
 from hopdeq_lwpf.models import Hopfield, HopfieldPooling, RepertoireClassifier
 from hopdeq_lwpf.retrieval import Retrieval
-from hopdeq_lwpf.training import GradientMonitor, SolutionMonitor, SpectrumMonitor, TrainSpec, train
+from hopdeq_lwpf.training import (
+    GradientMonitor,
+    SolutionMonitor,
+    SpectrumMonitor,
+    TrainSpec,
+    read_checkpoint,
+    train,
+)
 from hopdeq_lwpf.training.monitors import _Course, equilibrium_layers, same_randomness
 from hopdeq_lwpf.training.networks import TanhCell
 from hopdeq_lwpf.training.progress import EpochLines, summary
@@ -273,7 +280,7 @@ class Bags(Points):
 
 def metrics_model(tmp_path):
     """The weights that the validation of the only epoch saw."""
-    content = torch.load(tmp_path / "out" / "last.ckpt", weights_only=True)["state_dict"]
+    content = read_checkpoint(tmp_path / "out" / "last.ckpt")["state_dict"]
     return {name.removeprefix("model."): value for name, value in content.items()}
 
 

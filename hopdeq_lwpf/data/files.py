@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from hopdeq_lwpf.data.errors import DataError
 from hopdeq_lwpf.data.idx import is_idx_name, read_idx, read_idx_rows
 from hopdeq_lwpf.data.images import read_images
+from hopdeq_lwpf.data.npy import read_npy, read_npz
 
 SUFFIXES = (".npy", ".npz", ".csv")
 
@@ -37,8 +37,8 @@ def read_array(
     packed or not: one item a row, bytes scaled from 0 ... 255 to [0, 1] (`read_idx`); any .gz is taken for one.
     `width`: how many columns are needed, None for any. `finite`: whether NaN and inf are refused. dtype:
     float32 by default, which is what retrieval runs in.
-    Raises DataError, with one line, for a file that is missing, empty, cut off, not numeric, not a matrix, or
-    of another width.
+    Raises DataError, with one line, for a file that is missing, empty, cut off, not numeric, not a matrix, of another
+    width, or packed by more than a hundred times and larger than a gigabyte when it is unpacked.
     """
     tensor = _read_pictures(Path(path), dtype)
     if tensor is None:
@@ -100,39 +100,9 @@ def _load(path: Path, names: Sequence[str]) -> np.ndarray:
             raise DataError(f"{path}: is empty")
         if path.suffix == ".csv":
             return _load_csv(path)
-        return _load_npz(path, names) if path.suffix == ".npz" else _checked(path, _load_npy(path))
-    except DataError:
-        raise
+        return read_npz(path, names) if path.suffix == ".npz" else read_npy(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or 'cannot be read'}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        detail = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{path}: is damaged, cut off, or no {path.suffix} file ({detail})") from error
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def _load_npz(path: Path, names: Sequence[str]) -> np.ndarray:
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: is damaged, cut off, or no .npz file")
-    with np.load(path, allow_pickle=False) as archive:
-        wanted = [name for name in names if name in archive.files] or archive.files
-        if len(wanted) != 1:
-            asked = f"; name one of them {' or '.join(map(repr, names))}" if names else ""
-            raise DataError(f"{path}: holds {len(archive.files)} arrays {sorted(archive.files)}{asked}")
-        array = archive[wanted[0]]
-    if not isinstance(array, np.ndarray):  # numpy hands out any other file as bytes
-        raise DataError(f"{path}: holds {wanted[0]!r}, which is no array")
-    return _checked(path, array)
-
-
-def _checked(path: Path, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "fiub":
-        raise DataError(f"{path}: needs real numbers, got dtype {array.dtype}")
-    return array
 
 
 def _is_number(cell: str) -> bool:

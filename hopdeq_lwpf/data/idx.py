@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf.data.errors import DataError
+from hopdeq_lwpf.data.errors import DataError, check_ratio
 
 # The third byte of the file: which numbers it holds, big-endian.
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -40,7 +40,8 @@ def read_idx(path: str | os.PathLike[str]) -> Tensor:
 
     Packed files are known by their first bytes, not by their name. MNIST's images come as (N, 28, 28) uint8,
     its labels as (N,) uint8. Nothing is allocated before the length of the file has been compared with what
-    its header claims; a packed file is refused where its claim is more than deflate can hold.
+    its header claims; a packed file is refused where its claim is more than deflate can hold, or more than a gigabyte
+    and a hundred times its size.
     Raises DataError, one line, for a file that is missing, cut off, longer than its header says, or no IDX
     file.
     """
@@ -87,6 +88,8 @@ def _read(path: Path, file: BinaryIO, most: int, *, exact: bool) -> Tensor:
             f"{path}: is cut off: {claim}, {header + needed} bytes in all, and the file has "
             f"{most if exact else f'at most {most}'}"
         )
+    if not exact:
+        check_ratio(path, needed, most // GZIP_MOST)
     body = _body(file, needed)
     if len(body) < needed:
         raise DataError(f"{path}: is cut off: {claim}, {needed} bytes, and there are {len(body)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Sequence
@@ -101,7 +102,8 @@ def _image(path: Path, size: tuple[int, int] | None, mode: str) -> np.ndarray:
         with warnings.catch_warnings():
             # Pillow warns from its limit on and raises from twice as much; here the limit holds.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=sorted(set(FORMATS.values())))
+            # From memory, where a decoder cannot ask for more bytes than there are: a PNG may claim 4 GB for a chunk.
+            opened = Image.open(io.BytesIO(path.read_bytes()), formats=sorted(set(FORMATS.values())))
         with opened as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # a photo whose second frame is its preview
@@ -119,7 +121,8 @@ def _image(path: Path, size: tuple[int, int] | None, mode: str) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders meet broken data with errors of many kinds
-        detail = (str(error).splitlines() or [type(error).__name__])[0].replace(str(path), path.name)
+        said = (str(error).splitlines() or [""])[0].partition("<_io.BytesIO")[0].strip()
+        detail = said.replace(str(path), path.name) or type(error).__name__
         raise DataError(f"{path}: is broken, cut off, or no image ({detail})") from error
 
 

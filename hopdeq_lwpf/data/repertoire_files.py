@@ -99,7 +99,7 @@ def read_repertoires(
             raise DataError(f"{metadata}: line {number} names {name!r} again, after line {seen[name]}")
         seen[name] = number
         file = root / FOLDER / f"{name}.tsv"
-        if not file.is_file():
+        if not os.path.isfile(file):  # which answers for names too long or with NUL, too
             raise DataError(f"{metadata}: line {number} names {name!r}, but there is no file {file}")
         parts.append(_read_repertoire(file, sequence_column, count_column))
     values = [cells[target_at] for _, cells in rows]

@@ -58,6 +58,10 @@ def write_tensors(
     try:
         with replacing(target) as temporary:
             save_file(ready, temporary, metadata={ENTRY: text})
+            with temporary.open(
+                "rb"
+            ) as file:  # before the renaming, so that a power cut leaves one whole file
+                os.fsync(file.fileno())
     except OSError as error:
         raise DataError(f"{target}: {error.strerror or 'cannot be written'}") from error
 

@@ -23,7 +23,9 @@ from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint
 from hopdeq_lwpf.solvers.base import Solver
 from hopdeq_lwpf.solvers.termination import Termination
+from hopdeq_lwpf.streaming import PatternSource
 
+LAST = 2**62  # id that a file may say is the next, far from where int64 ends
 MEMORY = Kind("memory", 1, "Memory.load(path)")
 
 
@@ -73,7 +75,7 @@ class Memory(Store):
         query: Tensor,
         *,
         beta: float | Tensor = 1.0,
-        values: Tensor | None = None,
+        values: Tensor | PatternSource | None = None,
         forgetting: None | str | Forgetting = None,
         separation: str | Separation = "softmax",
         mask: Tensor | None = None,
@@ -86,12 +88,14 @@ class Memory(Store):
         stop: Termination = Termination(),  # noqa: B008 (frozen)
         adjoint: str | Adjoint = "implicit",
         trace: bool = False,
+        stream: bool | None = None,
+        screen: bool | None = None,
     ) -> MemoryRecall:
         """`retrieve(query, memory.patterns, ...)` with ids and labels; query (*batch, d) of the memory's dtype.
 
-        values: (N, dv), read out instead of the memory's values; None: those, or the patterns where there are
-        none. mask: (N,) or (*batch, N) bool in the order of `memory.ids`, True = ignore. All else: see
-        `retrieve`.
+        values: (N, dv), a tensor or a mapped file, read out instead of the memory's values; None: those, or the
+        patterns where there are none. mask: (N,) or (*batch, N) bool in the order of `memory.ids`, True = ignore.
+        All else: see `retrieve`.
         """
         if not len(self):
             raise ValueError("this memory is empty: add patterns before recalling")
@@ -112,6 +116,8 @@ class Memory(Store):
             stop=stop,
             adjoint=adjoint,
             trace=trace,
+            stream=stream,
+            screen=screen,
         )
         fields = {field.name: getattr(recall, field.name) for field in dataclasses.fields(recall)}
         ids = self.ids[recall.index.clamp(min=0)].masked_fill(recall.index < 0, -1)
@@ -237,11 +243,18 @@ def _flaw(tensors: dict[str, Tensor], about: dict[str, Any]) -> str | None:
             return f"{name} holds NaN or inf"
     if ids.dtype != torch.int64 or ids.shape != patterns.shape[:1] or bool((ids.diff() <= 0).any()):
         return "its ids are not one ascending number a pattern"
-    least = int(ids[-1]) + 1 if len(ids) else 0
-    if not isinstance(next_id, int) or next_id < least or (len(ids) and int(ids[0]) < 0):
+    lowest, least = (int(ids[0]), int(ids[-1]) + 1) if len(ids) else (0, 0)
+    if (
+        not isinstance(next_id, int)
+        or isinstance(next_id, bool)
+        or not least <= next_id <= LAST
+        or lowest < 0
+    ):
         return f"its next id is {next_id!r}, and must be at least {least}"
     if about.get("duplicates") not in DUPLICATES:
         return f"duplicates is {about.get('duplicates')!r}"
+    if "labels" not in about:
+        return "it says nothing of labels"
     if labels is None:
         return None
     if not isinstance(labels, list) or len(labels) != len(patterns):

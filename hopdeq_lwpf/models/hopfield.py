@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from hopdeq_lwpf._layout import shown
 from hopdeq_lwpf._types import Solution, check_same_kind, unknown
 from hopdeq_lwpf.forgetting import Keep
 from hopdeq_lwpf.models.association import (
@@ -331,7 +332,7 @@ class Hopfield(HopfieldModule):
 
     def extra_repr(self) -> str:
         given = self.options
-        return f"heads={given.num_heads}, width={given.width}, beta={self.beta!r}, steps={self.steps}"
+        return f"heads={given.num_heads}, width={given.width}, beta={shown(self.beta)}, steps={self.steps}"
 
 
 def make_activation(

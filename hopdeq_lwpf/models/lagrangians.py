@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hopdeq_lwpf._layout import attach, check_number, check_positive
+from hopdeq_lwpf._layout import attach, check_number, check_positive, shown
 from hopdeq_lwpf._types import Matvec, identity, resolve, wide
 from hopdeq_lwpf.forgetting import Forgetting, Keep, Threshold
 from hopdeq_lwpf.normalization import LayerNorm as Standardized
@@ -149,7 +149,7 @@ class Tanh(Lagrangian):
         return torch.atanh(r) / self.beta
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}"
+        return f"beta={shown(self.beta)}"
 
 
 class Rectifier(Lagrangian):
@@ -205,7 +205,7 @@ class Softmax(Lagrangian):
         return lambda v: self.beta * p * (v - (p * v).sum(-1, keepdim=True))
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, separation={self.separation!r}"
+        return f"beta={shown(self.beta)}, separation={self.separation!r}"
 
 
 class LayerNorm(Lagrangian):

@@ -2,7 +2,6 @@
 
 from hopdeq_lwpf.retrieval.context import RetrievalContext as RetrievalContext
 from hopdeq_lwpf.retrieval.context import combine as combine
-from hopdeq_lwpf.retrieval.context import irregular as irregular
 from hopdeq_lwpf.retrieval.context import times as times
 from hopdeq_lwpf.retrieval.function import INJECT as INJECT
 from hopdeq_lwpf.retrieval.function import AnyContext as AnyContext

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hopdeq_lwpf._layout import set_number
 from hopdeq_lwpf._types import wide
 from hopdeq_lwpf.separation import Separation
 
@@ -102,18 +103,12 @@ def asked_similarity(separation: Separation) -> str:
 
 def active_set(held: Tensor) -> Tensor:
     """A number for the set of patterns of weight > 0: (B, N) -> (B,)."""
-    return (held > 0).to(held.dtype) @ irregular(held)
-
-
-def irregular(like: Tensor) -> Tensor:
-    """Fixed numbers without simple relations, (N,) for (..., N), so that different sets of them have different sums."""
-    places = torch.arange(1, like.shape[-1] + 1, dtype=torch.float64, device=like.device)
-    return (1e4 * places.sin()).frac().abs().to(like.dtype)
+    return set_number((held > 0).to(held.dtype))
 
 
 def piece_of(weights: Tensor, held: Tensor, kept: Tensor) -> Tensor:
-    """How many patterns are kept, -1 where the forgotten ones carry no weight that matters: (B,)."""
-    return torch.where(held.sum(-1) > (1 - NEGLIGIBLE) * weights.sum(-1), -1.0, kept.sum(-1))
+    """A number for the set of kept patterns, -1 where the forgotten ones carry no weight that matters: (B,)."""
+    return torch.where(held.sum(-1) > (1 - NEGLIGIBLE) * weights.sum(-1), -1.0, set_number(kept))
 
 
 def times(weights: Tensor, kept: Tensor | None) -> Tensor:

@@ -213,7 +213,7 @@ class Retrieval(nn.Module):
         """f(z, x), a function that makes E(z, x) from what that took, and the piece of f that z lies in; (*batch, d),
         (*batch), (*batch).
 
-        The piece: how many patterns are kept, for LSR which ones are active; None where f is smooth.
+        The piece: which patterns are kept, for LSR which ones are active; None where f is smooth.
         """
         if isinstance(x, StreamedContext):
             return streamed.evaluate(self, z, x)

@@ -342,5 +342,6 @@ def evaluate(
     piece = None
     if not isinstance(f.forgetting, Keep):
         total = 1.0 - (-found.lse).exp() if isinstance(f.separation, Softmax1) else 1.0
-        piece = torch.where(found.mass > (1 - NEGLIGIBLE) * total, -1.0, found.kept).reshape(z.shape[:-1])
+        assert found.which is not None
+        piece = torch.where(found.mass > (1 - NEGLIGIBLE) * total, -1.0, found.which).reshape(z.shape[:-1])
     return finish(f, z, found, x), lambda: f.energy_from(z, found.lse, x), piece

@@ -20,11 +20,11 @@ class Nearby:
 
     def __init__(self, least: Tensor, most: int) -> None:
         """least: (B, 1), what a candidate scores at least. most: candidates of a row; the best ones are kept."""
-        self.least, self.most = least, most
-        self.row = torch.empty(0, dtype=torch.int64, device=least.device)
-        self.index, self.score = self.row, least[:0, 0]
-        self.new: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.waiting = 0
+        self.least, self.most, self.used = least, most, 0
+        # One piece of memory for all: what each block would leave behind would split the memory of the next one.
+        room = 5 * most * len(least)
+        self.row = torch.empty(room, dtype=torch.int64, device=least.device)
+        self.index, self.score = torch.empty_like(self.row), least.new_empty(room)
 
     def __call__(self, start: int, scores: Tensor) -> None:
         """Remember the candidates of one block."""
@@ -39,42 +39,38 @@ class Nearby:
             self.least = self.least.index_copy(0, crowded, lowest)
             above = scores > self.least
         rows, places = above.nonzero(as_tuple=True)
-        if not len(rows):
-            return
-        self.new.append((rows, places + start, scores[rows, places]))
-        self.waiting += len(rows)
-        # So that memory is bounded whatever the order of the patterns is.
-        if self.waiting > 4 * self.most * len(self.least):
+        if self.used + len(rows) > len(self.row):
             self.sort()
+        here = slice(self.used, self.used + len(rows))
+        self.row[here], self.index[here], self.score[here] = rows, places + start, scores[rows, places]
+        self.used += len(rows)
 
     def sort(self) -> Tensor:
         """Keep the best of each row, by row and falling score; how many there are in each, (B,)."""
-        row, index, score = (
-            torch.cat(c) for c in zip((self.row, self.index, self.score), *self.new, strict=True)
-        )
-        self.new, self.waiting = [], 0
+        row, index, score = (part[: self.used] for part in (self.row, self.index, self.score))
         order = score.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         count = torch.bincount(row, minlength=len(self.least))
         place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row[order]]
         order = order[place < self.most]
-        self.row, self.index, self.score = row[order], index[order], score[order]
+        kept = row[order], index[order], score[order]
+        self.used = len(order)
+        for whole, part in zip((self.row, self.index, self.score), kept, strict=True):
+            whole[: self.used] = part
         # A row that is full takes only better ones.
-        full = count >= self.most
-        last = count.clamp_max(self.most).cumsum(0) - 1
-        if len(self.score):
-            lowest = self.score[last.clamp_min(0)]
-            self.least = torch.where(full[:, None], torch.maximum(self.least, lowest[:, None]), self.least)
+        full = (count >= self.most)[:, None]
+        last = (count.clamp_max(self.most).cumsum(0) - 1).clamp_min(0)
+        if self.used:
+            self.least = torch.where(full, torch.maximum(self.least, self.score[last][:, None]), self.least)
         return count.clamp_max(self.most)
 
     def table(self) -> tuple[Tensor, Tensor]:
         """Numbers of the candidates of each row, and where there are none: (B, k) int64, (B, k) bool."""
         count = self.sort()
-        place = torch.arange(len(self.row), device=self.row.device) - (count.cumsum(0) - count)[self.row]
-        table = torch.full(
-            (len(count), max(1, int(count.max()))), -1, dtype=torch.int64, device=self.row.device
-        )
-        table[self.row, place] = self.index
+        row = self.row[: self.used]
+        place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+        table = torch.full((len(count), max(1, int(count.max()))), -1, dtype=torch.int64, device=row.device)
+        table[row, place] = self.index[: self.used]
         return table.clamp_min(0), table < 0
 
 
@@ -115,8 +111,10 @@ def collect(
 
 def longest(x: StreamedContext, like: Tensor) -> float:
     """The length of the longest pattern that is not masked."""
-    squares = [part.patterns.square().sum(-1).amax() for part in parts(x.stored(), like)]
-    return float(torch.stack(squares).amax().sqrt())
+    largest = 0.0
+    for part in parts(x.stored(), like):
+        largest = max(largest, float(part.patterns.square().sum(-1).amax()))
+    return math.sqrt(largest)
 
 
 def _levels(unit: Forgetting, threshold: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hopdeq_lwpf._layout import set_number
 from hopdeq_lwpf._types import Matvec, identity
 from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.retrieval.context import NEGLIGIBLE
@@ -52,7 +53,7 @@ class Narrow:
         piece = None
         if kept is not None:
             all_ = weights[:, :-2].sum(-1)
-            piece = torch.where(here.sum(-1) > (1 - NEGLIGIBLE) * all_, -1.0, kept.sum(-1))
+            piece = torch.where(here.sum(-1) > (1 - NEGLIGIBLE) * all_, -1.0, set_number(kept))
         return image, lambda: self._energy(z, logits.logsumexp(-1), x), piece
 
     def energy(self, z: Tensor, x: Candidates) -> Tensor:

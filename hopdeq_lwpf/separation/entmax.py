@@ -132,6 +132,8 @@ class Entmax(nn.Module, _Family):
 
     def extra_repr(self) -> str:
         """alpha."""
+        if isinstance(self.alpha, Tensor) and self.alpha.is_meta:
+            return "alpha=..."
         return f"alpha={self.alpha.tolist() if isinstance(self.alpha, Tensor) else self.alpha}"
 
 

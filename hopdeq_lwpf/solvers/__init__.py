@@ -1,5 +1,6 @@
 """Solvers, stopping rule, adjoints, fixed_point() and Equilibrium; they know no model."""
 
+from hopdeq_lwpf._types import identity
 from hopdeq_lwpf.solvers.adjoints import Adjoint, EqProp, Implicit, Neumann, OneStep, Phantom, Unrolled
 from hopdeq_lwpf.solvers.anderson import Anderson
 from hopdeq_lwpf.solvers.base import Iterate, Solver
@@ -40,6 +41,7 @@ __all__ = [
     "build",
     "fixed_point",
     "frozen_weights",
+    "identity",
     "jacobian_penalty",
     "register_solver",
     "register_with_torchdeq",

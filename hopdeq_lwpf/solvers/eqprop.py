@@ -16,16 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from hopdeq_lwpf._types import AdjointReport, Result
 from hopdeq_lwpf.solvers.base import Solver
-from hopdeq_lwpf.solvers.implicit import warn_unconverged
+from hopdeq_lwpf.solvers.implicit import Once, warn_unconverged
 from hopdeq_lwpf.solvers.linear import LinearOutcome
 from hopdeq_lwpf.solvers.loop import Outcome, run
 from hopdeq_lwpf.solvers.termination import Termination
 from hopdeq_lwpf.solvers.view import FlatFunction
+
+CONTRAST = "equilibrium propagation contrasts two solves, and their difference has no derivative"
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, contrast: _Contrast, *sources: Tensor) -> Tensor:
         ctx.contrast = contrast
-        return z.clone()
+        z = z.clone()
+        ctx.save_for_backward(z)
+        return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.contrast.gradients(g)
+        (z,) = ctx.saved_tensors
+        with torch.no_grad():
+            found = ctx.contrast.gradients(g)
+        if torch.is_grad_enabled():
+            found = [part if part is None else Once.apply(part, z, CONTRAST) for part in found]
+        return None, None, *found

@@ -109,7 +109,8 @@ class Equilibrium(nn.Module):
         """
         if self.steps is None and torch.compiler.is_compiling():
             options = {"index": index, "read_out": read_out, "return_solution": return_solution}
-            return outside_of_compile(self.forward, x, z0, **options)
+            # Not that of a subclass, which may take other arguments.
+            return outside_of_compile(Equilibrium.forward, self, x, z0, **options)
         # A solve needs a fixed map; what stays the same anyway is left as it is, for its second derivatives.
         with frozen_weights(self) if has_moving_weights(self) else nullcontext():
             solution = self._solve(x, z0, index, read_out)

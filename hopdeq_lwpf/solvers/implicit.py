@@ -299,12 +299,12 @@ class _Attach(torch.autograd.Function):
         u = recorded.adjoint(recorded.gradient_to_state(g, read)) if recorded else g.detach()  # type: ignore[union-attr]
         read = None if read is None else read.detach()
         if torch.is_grad_enabled():
-            u = _Once.apply(u, ctx.saved_tensors[0], ctx.refused)
-            read = None if read is None else _Once.apply(read, ctx.saved_tensors[0], ctx.refused)
+            u = Once.apply(u, ctx.saved_tensors[0], ctx.refused)
+            read = None if read is None else Once.apply(read, ctx.saved_tensors[0], ctx.refused)
         return u, None, None, None, read, *none
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """Marks the end of what can be differentiated, so that a second derivative is refused, never wrong."""
 
     @staticmethod

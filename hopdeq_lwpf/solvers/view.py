@@ -95,7 +95,9 @@ class StateView:
         """Raise unless f returned what it was given: same structure, same shapes."""
         expected = [tuple(self.batch_shape + shape) for shape in self.shapes]
         leaves, same = pytree.tree_leaves(fz), pytree.tree_structure(fz).num_leaves == len(self.shapes)
-        if same and not self.spec.is_leaf():
+        if self.spec.is_leaf():
+            same = isinstance(fz, Tensor)
+        elif same:
             try:
                 leaves = self.spec.flatten_up_to(fz)
             except ValueError:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hopdeq_lwpf._layout import set_number
 from hopdeq_lwpf._types import check_float_tensor, wide
 from hopdeq_lwpf.streaming.ranks import ALONE, Ranks
 from hopdeq_lwpf.streaming.sources import PatternSource, block_size
@@ -52,6 +53,7 @@ class Attended(NamedTuple):
     top: Tensor | None = None  # (B,): its score; -inf where none is kept
     low: Tensor | None = None  # (B,): no kept score is smaller
     visible: Tensor | None = None  # (B,): how many are not masked
+    which: Tensor | None = None  # (B,): a number for the set of those that are kept
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,16 @@ def hide_(block: Tensor, part: Part) -> Tensor:
 def keep_(forgotten: Forgotten | None, block: Tensor, part: Part, start: int) -> tuple[Tensor | None, Tensor]:
     """1 for what is kept of a block of scores, else 0, (B, n) or (n,), None for all; and its largest score, (B,).
 
-    start: number of the block's first pattern. The scores must be -inf where masked; those of what is not kept are
-    written over, with something that exp can make a number of fast. NaN is passed on.
+    start: number of the block's first pattern. The scores must be -inf where masked; those of what is not kept may be
+    written over, those that are kept stay as they are. NaN is passed on.
     """
     if forgotten is None:
         return None if part.mask is None else (~part.mask).to(block), block.amax(-1)
     limit = forgotten.limit
     if forgotten.always is None and limit is not None:
-        kept = block.sub_(limit).relu_().sign()
-        top = block.add_(limit).amax(-1)
-        return kept, torch.where(top > limit.reshape(-1), top, -math.inf)
+        kept = (block - limit).relu_().sign_()
+        top = block.amax(-1)
+        return kept, torch.where(top <= limit.reshape(-1), -math.inf, top)
     out = torch.ones_like(block, dtype=torch.bool) if limit is None else block <= limit
     if forgotten.always is not None:
         here = (forgotten.always >= start) & (forgotten.always < start + block.shape[-1])
@@ -163,6 +165,7 @@ class _Sums:
         self.image = z.new_zeros(rows, width)
         self.read = None if dv is None else z.new_zeros(rows, dv)
         self.kept = z.new_zeros(rows)
+        self.which = z.new_zeros(rows, dtype=torch.float64)
         self.visible = z.new_zeros(rows)
 
     def add(self, block: Tensor, top: Tensor, kept: Tensor | None, part: Part | None) -> None:
@@ -192,11 +195,12 @@ class _Sums:
         if ranks.size == 1:
             return
         self.raise_to(ranks.max(self.peak.clone()))
-        columns = [self.total[:, None], self.image, self.kept[:, None], self.visible[:, None]]
+        columns = [part[:, None] for part in (self.total, self.kept, self.visible)] + [self.image]
         columns += [] if self.read is None else [self.read]
         sums = ranks.sum(torch.cat(columns, 1))
-        total, image, kept, visible, *rest = sums.split([part.shape[1] for part in columns], 1)
-        self.total, self.image, self.kept, self.visible = total[:, 0], image, kept[:, 0], visible[:, 0]
+        total, kept, visible, self.image, *rest = sums.split([part.shape[1] for part in columns], 1)
+        self.total, self.kept, self.visible = total[:, 0], kept[:, 0], visible[:, 0]
+        self.which = ranks.sum(self.which)
         self.read = rest[0] if rest else None
 
 
@@ -229,6 +233,7 @@ def sweep(
         kept, top = keep_(forgotten, block, part, stored.start + part.start)
         if forgotten is not None and kept is not None:
             sums.kept += kept.sum(-1)
+            sums.which += set_number(kept, stored.start + part.start)
         if found is not None:
             found.see(block, top, stored.start + part.start)
         sums.add(block, top, kept, part if weighted else None)
@@ -259,7 +264,15 @@ def _finish(sums: _Sums, forgotten: Forgotten | None, empty: bool, found: _Found
     total = sums.total.masked_fill(nothing, 1.0)
     lse = (sums.total.log() + torch.where(sums.peak == -math.inf, 0.0, sums.peak)).masked_fill(nothing, 0.0)
     read = None if sums.read is None else sums.read / total[:, None]
-    whole = Attended(sums.image / total[:, None], read, lse, mass / total, sums.kept, visible=sums.visible)
+    whole = Attended(
+        sums.image / total[:, None],
+        read,
+        lse,
+        mass / total,
+        sums.kept,
+        visible=sums.visible,
+        which=sums.which,
+    )
     return whole if found is None else whole._replace(first=found.first, top=found.top, low=found.low)
 
 

@@ -21,11 +21,11 @@ class FilePatterns(TensorPatterns):
 
     def __init__(self, path: Path, tensor: Tensor, block: int | None = None) -> None:
         super().__init__(tensor, block)
-        self.path = path
+        self.path = path.absolute()  # whatever the working folder is later
 
     def __reduce__(self) -> tuple[object, ...]:
         # A copy in another process maps the file again instead of carrying it.
-        return open_patterns, (str(self.path.absolute()), self.block)
+        return open_patterns, (str(self.path), self.block)
 
     def __repr__(self) -> str:
         return f"open_patterns({str(self.path)!r}): {self.count} patterns of width {self.width}, {self.dtype}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf._checks import choice, option
+from hopdeq_lwpf._checks import choice, forms, option
 from hopdeq_lwpf.sweeps import study_spec, sweep_spec
 
 WIDTH = 100  # of a line that comes from a file
@@ -93,6 +93,7 @@ class ListSpec:
     kind: str = option("all", f"all, or one of {', '.join(KINDS)}")
 
     def __post_init__(self) -> None:
+        forms(self)
         choice("kind", self.kind, ("all", *KINDS))
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from hopdeq_lwpf._checks import SpecError as SpecError
-from hopdeq_lwpf._checks import choice, number, option, tolerances, whole
+from hopdeq_lwpf._checks import choice, forms, number, option, tolerances, whole
 
 CONVERGED = "converged"
 KINDS = ("mask", "occlude", "noise", "flip")
@@ -61,6 +61,7 @@ class CompareSpec:
     out: str = option("results/compare", "folder of the results")
 
     def __post_init__(self) -> None:
+        forms(self)
         for entry in fields(self):  # lists from YAML and the command line become hashable
             value = getattr(self, entry.name)
             if isinstance(value, list):
@@ -100,6 +101,7 @@ class CompareSpec:
         for name in ("max_error", "reference_rtol"):
             number(name, getattr(self, name), above=0)
         tolerances(self.rtol, self.atol)
+        number("confidence", self.confidence)
         if not 0 < self.confidence < 1:
             raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
         if self.shape is not None:
@@ -139,8 +141,10 @@ class RetrieveSpec:
     Raises SpecError for a value that makes no sense.
     """
 
-    patterns: str = option("", "stored patterns: .npy, .npz, .csv (one a row), IDX file or folder of images")
-    queries: str = option("", "queries, in a file or folder of one of these kinds")
+    patterns: str = option(
+        "", "stored patterns: .npy, .safetensors, .npz, .csv (one a row), IDX file or folder of images"
+    )
+    queries: str = option("", "queries, in a file or folder of one of these kinds, but .safetensors")
     out: str = option("", "file of the recall: .npz everything, .npy or .csv only what was recalled")
     values: str | None = option(None, "file of what is read out instead of the patterns, one row a pattern")
     normalize: str = option("none", f"patterns and queries before storing: one of {', '.join(NORMALIZE)}")
@@ -156,8 +160,14 @@ class RetrieveSpec:
     max_steps: int = option(200, "step limit of a converged run")
     dtype: str = option("float32", "precision of the run: float32 or float64")
     batch: int = option(1024, "queries at a time: bounds the memory to batch x patterns numbers")
+    stream: bool | None = option(
+        None,
+        "look at the patterns in blocks, with normalize 'none' without reading a .npy or .safetensors file into "
+        "memory; null: where they are many",
+    )
 
     def __post_init__(self) -> None:
+        forms(self)
         for name in ("patterns", "queries", "out"):
             if not getattr(self, name):
                 raise SpecError(f"{name} is missing: give a file")
@@ -170,6 +180,8 @@ class RetrieveSpec:
         tolerances(self.rtol, self.atol)
         for name in ("max_steps", "batch"):
             whole(name, getattr(self, name), least=1)
+        if self.stream is not None and not isinstance(self.stream, bool):
+            raise SpecError(f"stream must be true, false or null, got {self.stream!r}")
 
 
 def _steps(value: object) -> None:

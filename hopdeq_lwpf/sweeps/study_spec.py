@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, option, whole
+from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, forms, number, option, whole
 from hopdeq_lwpf.sweeps.spec import CONVERGED, FORGETTING, Steps
 from hopdeq_lwpf.training.spec import TrainSpec
 
@@ -147,11 +147,12 @@ class StudySpec:
     out: str = option("results/one_step_vs_converged", "folder of the trials and of the results")
 
     def __post_init__(self) -> None:
+        forms(self, free=("task",))
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, list):
                 object.__setattr__(self, entry.name, tuple(value))
-        task = (self.task,) if isinstance(self.task, str) else self.task
+        task = self.task if isinstance(self.task, tuple) else (self.task,)
         object.__setattr__(self, "task", tuple(task_name(name) for name in task))
         # A name that is given anew leaves the others as they are.
         units = {**UNITS, **_mapping("units", self.units)}
@@ -162,6 +163,7 @@ class StudySpec:
         for name in ("last", "epochs"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=1)
+        number("confidence", self.confidence)
         if not 0 < self.confidence < 1:
             raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
         if not self.out:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hopdeq_lwpf import settings
-from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, number, option, whole
+from hopdeq_lwpf._checks import SpecError, choice, did_you_mean, forms, number, option, whole
 from hopdeq_lwpf.sweeps.engine.executors import parse_executor
 from hopdeq_lwpf.sweeps.engine.search import SearchSpec, value_name
 from hopdeq_lwpf.sweeps.engine.storage_url import check_storage
@@ -159,6 +159,7 @@ class SweepSpec:
     out: str = option("results/sweep", "folder of the trials and of the results")
 
     def __post_init__(self) -> None:
+        forms(self)
         for name in ("seeds", "measures"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "set", _mapping("set", self.set))
@@ -182,6 +183,7 @@ class SweepSpec:
             whole("seeds", seed, least=0)
         for name in ("last", "workers"):
             whole(name, getattr(self, name), least=1)
+        number("confidence", self.confidence)
         if not 0 < self.confidence < 1:
             raise SpecError(f"confidence must be between 0 and 1, got {self.confidence}")
         if not self.out:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
-from torch import nn
+from torch import Tensor, nn
 
-from hopdeq_lwpf.data import DataError, replacing
+from hopdeq_lwpf.data import DataError
+from hopdeq_lwpf.data.tensors import Kind
+from hopdeq_lwpf.storage import read_structure, write_structure
 from hopdeq_lwpf.training.spec import differences
 
 FORMAT = "hopdeq_lwpf.training"
-VERSION = 1
+# Format 1 was a file of torch.save.
+KIND = Kind("training checkpoint", 2, "hopdeq_lwpf.training.load_weights(path, model)")
+ADVICE = "take best.ckpt or start again without resume"
+# What a checkpoint of a Trainer holds, whatever it trains.
+PARTS = {
+    "epoch": int,
+    "global_step": int,
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 LAST, BEST = "last.ckpt", "best.ckpt"
 HIGHER = ("accuracy", "auc")  # metrics of which more is better
 
@@ -29,23 +41,27 @@ class CheckpointError(DataError):
 
 
 class WholeFiles(CheckpointIO):
-    """Writes beside the old file and renames, so that a killed process leaves one whole file; reads tensors only."""
+    """Checkpoints as safetensors files, for `Trainer(plugins=[WholeFiles()])`; reading one runs no code.
+
+    Each is written beside the old file and renamed, so that a killed process leaves one whole file. It holds
+    tensors, numbers, strings, lists, tuples and dicts; TypeError for a callback whose state holds anything else.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write, flush to the disk, rename."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        write_structure(path, KIND, checkpoint)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain values only, whatever the caller asks for."""
-        return _load(Path(path), map_location or "cpu")
+        """What was written, on the CPU unless map_location is a device; never more than tensors and plain values.
+
+        Raises CheckpointError for a file that is missing, cut off, or no checkpoint.
+        """
+        return _load(Path(path), "cpu" if map_location is None else map_location)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove the file, if it is there."""
@@ -86,7 +102,7 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Marks the checkpoint as one of ours, with the settings of the run."""
-        checkpoint[FORMAT] = {"version": VERSION, "settings": self.settings}
+        checkpoint[FORMAT] = {"settings": self.settings}
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far."""
@@ -110,18 +126,16 @@ class Checkpoints(Checkpoint):
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint of `Checkpoints`, on the CPU; runs no code of the file.
 
-    Raises CheckpointError for a file that is missing, cut off, or not one of ours.
+    Raises CheckpointError for a file that is missing, cut off, of another format, or not one of ours.
     """
     file = Path(path)
     content = _load(file, "cpu")
-    mark = content.get(FORMAT) if isinstance(content, dict) else None
+    mark = content.get(FORMAT)
     if not isinstance(mark, dict) or not isinstance(mark.get("settings"), dict):
         raise CheckpointError(f"{file}: is no checkpoint of hopdeq-lwpf train; name one that it wrote")
-    if mark.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file}: has format {mark.get('version')}, this version reads {VERSION}; resume with the version that "
-            "wrote it"
-        )
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{file}: is damaged: it has no {', '.join(wrong)} of a training; {ADVICE}")
     return content
 
 
@@ -143,10 +157,17 @@ def check_weights(path: str | os.PathLike[str], checkpoint: Mapping[str, Any], m
     for name in sorted({*held, *needed}):
         if name not in held or name not in needed:
             where = "the model" if name not in needed else "the checkpoint"
-            raise CheckpointError(f"{path}: is of another model: {where} has no {name!r}")
-        shapes = tuple(held[name].shape), tuple(needed[name].shape)
+            raise CheckpointError(
+                f"{path}: is of another model: {where} has no {name!r}; build the model as it was trained"
+            )
+        shapes = tuple(
+            tuple(entry.shape) if isinstance(entry, Tensor) else None for entry in (held[name], needed[name])
+        )
         if shapes[0] != shapes[1]:
-            raise CheckpointError(f"{path}: is of another model: {name!r} is {shapes[0]}, needs {shapes[1]}")
+            raise CheckpointError(
+                f"{path}: is of another model: {name!r} is {shapes[0]}, needs {shapes[1]}; build the model as it was "
+                "trained"
+            )
 
 
 def load_weights(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -166,15 +187,38 @@ def load_weights(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return model
 
 
-def _load(path: Path, map_location: Any) -> Any:
+def remove_leftovers(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Remove what killed processes left half-written beside the files of these names; nobody may be writing them."""
+    for name in map(Path, names):
+        for path in Path(folder).glob(f".{name.stem}-*{name.suffix}"):
+            path.unlink(missing_ok=True)
+
+
+def _load(path: Path, device: Any) -> dict[str, Any]:
+    """The content of a checkpoint, which has at least weights."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist; there is nothing to resume")
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: does not exist; there is nothing to resume") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
-    # A file that is cut off makes torch seek before its start, which is an OSError.
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: is cut off, damaged, or no checkpoint; take best.ckpt or start again without resume"
-        ) from error
+        content = read_structure(path, KIND, device, own=True)
+    except DataError as error:
+        if _of_torch(path):
+            raise CheckpointError(
+                f"{path}: was written by torch.save, and reading such a file can run code; checkpoints of this version "
+                f"are safetensors files (format {KIND.version}). Start again without resume, or go on with the version "
+                "that wrote it"
+            ) from error
+        advice = f"; {ADVICE}" if "damaged" in str(error) else ""
+        raise CheckpointError(f"{error}{advice}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise CheckpointError(f"{path}: is damaged: it has no weights; {ADVICE}")
+    return content
+
+
+def _of_torch(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do: a zip archive, or a pickle as before torch 1.6."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        begins = file.read(9)
+    # The length of its header, with which a safetensors file begins, may look like either; a brace follows it.
+    return begins.startswith((b"PK\x03\x04", b"\x80")) and begins[8:] != b"{"

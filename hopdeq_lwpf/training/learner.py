@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +82,28 @@ class Learner(LightningModule):
         self.learning = learning
         self._split = split or partial(split_batch, names=argument_names(model))
         self._course = {stage: _Course() for stage in ("train", "val", "test")}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's takes anything, and may run code of the file
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        model: nn.Module,
+        learning: Learning = Learning(),  # noqa: B008 (frozen)
+        *,
+        split: Callable[[Any], tuple[Sequence[Any], Mapping[str, Any], Tensor]] | None = None,
+    ) -> Learner:
+        """A learner of `model` with the weights of a checkpoint that `WholeFiles` wrote; runs no code of the file.
+
+        model, learning, split: as for a new learner. Raises CheckpointError for a file that is no such checkpoint,
+        or of another model.
+        """
+        from hopdeq_lwpf.training.checkpoints import WholeFiles, check_weights
+
+        learner = cls(model, learning, split=split)
+        checkpoint = WholeFiles().load_checkpoint(checkpoint_path)
+        check_weights(checkpoint_path, checkpoint, learner)
+        learner.load_state_dict(checkpoint["state_dict"])
+        return learner
 
     def forward(self, *arguments: Any, **keywords: Any) -> Tensor:
         """What the model returns."""

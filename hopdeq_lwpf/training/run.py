@@ -32,6 +32,7 @@ from hopdeq_lwpf.training.checkpoints import (
     check_settings,
     check_weights,
     read_checkpoint,
+    remove_leftovers,
 )
 from hopdeq_lwpf.training.convergence import ConvergenceMonitor
 from hopdeq_lwpf.training.datasets import build_data
@@ -129,12 +130,12 @@ def _checkpoint(spec: TrainSpec, out: Path) -> dict[str, Any] | None:
 
 
 def _built(kind: str, spec: TrainSpec, given: Any) -> Any:
-    """What was given, or what the settings name; a mistake in them is a SpecError."""
+    """What was given, or what the settings name; a mistake in them, or a missing package, is a SpecError."""
     if given is not None:
         return given
     try:
         return build_network(spec.model) if kind == "model" else build_data(spec.data, spec.seed)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise SpecError(f"{kind}: {error}") from error
 
 
@@ -148,6 +149,7 @@ def _begin(spec: TrainSpec, out: Path) -> dict[str, Path]:
     if spec.iterations is not None:
         files["residuals"] = out / RESIDUALS
     if is_first_process():
+        remove_leftovers(out, (CONFIG, LAST, BEST, RESIDUALS))
         # The settings of the run as a whole, which was not resumed when it began.
         settings = {**spec.as_dict(), "resume": False}
         with replacing(files["config"]) as temporary:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hopdeq_lwpf._checks import SpecError, choice, number, option, whole
+from hopdeq_lwpf._checks import SpecError, choice, forms, number, option, whole
 
 LOSSES = ("cross_entropy", "squared_error", "binary", "mse")
 OPTIMIZERS = ("adamw", "adam", "sgd", "madam")
@@ -66,6 +66,7 @@ class TrainSpec:
     out: str = option("results/train", "folder of the results")
 
     def __post_init__(self) -> None:
+        forms(self, free=("model", "data"))
         object.__setattr__(self, "loggers", tuple(self.loggers))
         for name, key in (("model", "model"), ("data", "data")):
             object.__setattr__(self, name, _mapping(name, getattr(self, name), key))

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hopdeq_lwpf._layout import set_number
 from hopdeq_lwpf._types import Matvec, wide
 from hopdeq_lwpf.forgetting import Forgetting, Keep
 from hopdeq_lwpf.graphs import Laplacian, Operator, heat_kernel, implicit_euler
 from hopdeq_lwpf.models.association import Association, Heads
 from hopdeq_lwpf.models.diffusion.strength import Strength, make_strength
-from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine, irregular, times
+from hopdeq_lwpf.retrieval import Retrieval, RetrievalContext, combine, times
 
 # Scores that are held at once, 16 MiB of float32: above, states are taken in blocks, and computed again for gradients.
 BLOCK = 2**22
@@ -335,4 +336,4 @@ def _problems(z: Tensor) -> Tensor:
 
 def _joined(pieces: Tensor) -> Tensor:
     """One number for the pieces of all states of a problem: (*batch, L) -> (*batch)."""
-    return pieces @ irregular(pieces)
+    return set_number(pieces.double())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hopdeq_lwpf._layout import attach, check_positive
+from hopdeq_lwpf._layout import attach, check_positive, shown
 from hopdeq_lwpf._types import unknown
 from hopdeq_lwpf.data.draws import check_seed, stream
 from hopdeq_lwpf.models.sdm.caps import log_cap_intersection
@@ -125,7 +125,7 @@ class Attention(ReadWeights):
         return dot * ((beta.to(dot) if isinstance(beta, Tensor) else beta) / unit)
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta!r}"
+        return f"beta={shown(self.beta)}"
 
 
 class TransformerAttention(Attention):

@@ -23,7 +23,7 @@ FOLDER_ID = (
 INSTALL = "pip install 'hopdeq-lwpf[sweeps]'"
 # The Python packages that speak to a database; the first that there is.
 DRIVERS = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("MySQLdb", "pymysql")}
-PACKAGES = {"postgresql": "psycopg2-binary", "mysql": "pymysql"}
+PACKAGES = {"postgresql": "'hopdeq-lwpf[postgresql]'", "mysql": "pymysql"}
 # With a write-ahead log a commit needs no flush of the disk and readers hold up nobody; a power cut may take the last
 # commits, which stand in trials.jsonl, but leaves no broken file.
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL")

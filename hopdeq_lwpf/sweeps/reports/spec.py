@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hopdeq_lwpf._checks import SpecError, option
+from hopdeq_lwpf._checks import SpecError, forms, option
 
 PORT = 8080  # optuna-dashboard's own
 
@@ -24,12 +24,14 @@ class ReportSpec:
     port: int = option(PORT, "of the dashboard of --live")
 
     def __post_init__(self) -> None:
+        forms(self)
         object.__setattr__(self, "baseline", tuple(self.baseline))
         if not self.study:
             raise SpecError(
                 "study is missing: name the folder of a sweep, as in hopdeq-lwpf report results/sweep"
             )
-        if isinstance(self.port, bool) or not 1 <= self.port <= 65535:
+        whole = isinstance(self.port, int) and not isinstance(self.port, bool)
+        if not whole or not 1 <= self.port <= 65535:
             raise SpecError(f"port must be a whole number from 1 to 65535, got {self.port!r}")
         for entry in self.baseline:
             if not all(entry.partition("=")):

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from hopdeq_lwpf._checks import choice, number, option, whole
+from hopdeq_lwpf._checks import choice, forms, number, option, whole
 
 # Those of data.curves, which needs torch; a test compares the two.
 CURVES = ("rotated_digit", "fourier")
@@ -41,6 +41,7 @@ class GraphSpec:
     seed: int = option(0, "of curve, angles and noise")
 
     def __post_init__(self) -> None:
+        forms(self)
         for name, allowed in (
             ("curve", CURVES),
             ("forgetting", FORGETTING),

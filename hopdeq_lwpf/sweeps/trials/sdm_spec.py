@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from hopdeq_lwpf._checks import SpecError, choice, number, option, whole
+from hopdeq_lwpf._checks import SpecError, choice, forms, number, option, whole
 
 # What each experiment measures.
 EXPERIMENTS = {
@@ -47,6 +47,7 @@ class SdmSpec:
     seed: int = option(0, "of patterns, perturbations and neurons")
 
     def __post_init__(self) -> None:
+        forms(self)
         for name, allowed in (
             ("experiment", tuple(EXPERIMENTS)),
             ("algorithm", ALGORITHMS),
