@@ -41,7 +41,7 @@ lint: .venv/.test
 
 check: lint test                ## what CI runs
 
-bench: .venv/.test              ## speed, accuracy and basins against torchdeq (some ten minutes)
+bench: .venv/.test              ## one table: speed, residual, basins, memory, against torchdeq (under ten minutes)
 	$(BIN)/python -m benchmarks
 
 docs: .venv/.docs               ## the site in docs/_build/html; runs the tutorials (some minutes)

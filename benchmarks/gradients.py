@@ -1,94 +1,38 @@
-"""Forward and backward together: milliseconds beside the error of the gradient, ours and torchdeq's."""
+"""The gradient in float64, and the adjoint solvers alone; forward and backward together are rows of the suite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torchdeq import get_deq
 
 from benchmarks.problems import PROBLEMS
 from benchmarks.timing import interleaved
 from hopdeq_lwpf.retrieval import Retrieval
 from hopdeq_lwpf.solvers import Implicit, Termination, fixed_point
 
-Gradient = Callable[[], Tensor]
 LIMIT = 600
 
 
-def _loss(state: Tensor, target: Tensor) -> Tensor:
+def loss(state: Tensor, target: Tensor) -> Tensor:
+    """A scalar whose gradient is the target."""
     return (state * target).sum()
 
 
-def _ours(
+def target_of(like: Tensor) -> Tensor:
+    """Fixed random numbers in the shape and dtype of `like`: the gradient of the loss."""
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return drawn.to(like)
+
+
+def solved_gradient(
     f: Retrieval, query: Tensor, patterns: Tensor, target: Tensor, rtol: float, adjoint: Implicit
 ) -> Tensor:
+    """The gradient with respect to the patterns, (N, d), of a solve to rtol."""
     x = f.prepare(query, patterns)
     state = fixed_point(f, x, f.init(x), stop=Termination(rtol=rtol, max_steps=LIMIT), adjoint=adjoint).value
-    return torch.autograd.grad(_loss(state, target), patterns)[0]
-
-
-def _theirs(f: Retrieval, query: Tensor, patterns: Tensor, target: Tensor, options: dict[str, object],
-            solver: dict[str, object]) -> Tensor:  # fmt: skip
-    x = f.prepare(query, patterns)
-    deq = get_deq(ift=True, f_max_iter=LIMIT, b_max_iter=LIMIT, **options)
-    states, _ = deq(lambda z: f(z, x), f.init(x), solver_kwargs=solver)
-    return torch.autograd.grad(_loss(states[-1], target), patterns)[0]
-
-
-def _peers(tolerances: tuple[float, ...]) -> dict[str, tuple[dict[str, object], dict[str, object]]]:
-    """torchdeq's forward and backward solvers at relative tolerances; its default too."""
-    made: dict[str, tuple[dict[str, object], dict[str, object]]] = {
-        "torchdeq default": ({"f_stop_mode": "abs"}, {})
-    }
-    for forward, extra in (("fixed_point_iter", {}), ("anderson", {"lam": 1e-10}), ("broyden", {})):
-        for backward in ("broyden", "fixed_point_iter"):
-            for tolerance in tolerances:
-                options: dict[str, object] = {
-                    "f_solver": forward, "b_solver": backward, "f_stop_mode": "rel", "b_stop_mode": "rel",
-                    "f_tol": tolerance, "b_tol": max(tolerance, 1e-5),
-                }  # fmt: skip
-                made[f"torchdeq {forward} + {backward} {tolerance:g}"] = (options, dict(extra))
-    return made
-
-
-def run(name: str = "het", dtype: torch.dtype = torch.float32) -> list[dict[str, object]]:
-    """One row a method: milliseconds, and the gradient's error relative to float64 solved to 1e-12."""
-    problem = PROBLEMS[name]()
-    f = Retrieval(problem.beta, forgetting=problem.forgetting)
-    generator = torch.Generator().manual_seed(7)
-    target = torch.randn(problem.query.shape, generator=generator, dtype=torch.float64)
-    exact = _ours(
-        f,
-        problem.query,
-        problem.patterns.clone().requires_grad_(),
-        target,
-        1e-13,
-        Implicit(rtol=1e-13, max_steps=500),
-    )
-    query, target = problem.query.to(dtype), target.to(dtype)
-    patterns = problem.patterns.to(dtype).requires_grad_()
-    calls: dict[str, Gradient] = {}
-    for tolerance in (1e-4, 1e-5, 1e-6):
-        for rtol in (1e-3, 1e-6):
-            label = f"ours {tolerance:g}, adjoint {rtol:g}"
-            calls[label] = partial(_ours, f, query, patterns, target, tolerance, Implicit(rtol=rtol))
-    for label, (options, solver) in _peers((1e-4, 1e-5, 1e-6)).items():
-        calls[label] = partial(_theirs, f, query, patterns, target, options, solver)
-    rows: list[dict[str, object]] = []
-    for label, call in list(calls.items()):
-        try:
-            gradient = call().double()
-        except (RuntimeError, torch.linalg.LinAlgError):
-            del calls[label]
-            continue
-        rows.append(
-            {"problem": name, "method": label, "error": float((gradient - exact).norm() / exact.norm())}
-        )
-    times = interleaved(dict(calls), rounds=7, warmup=1)
-    return [{**row, "ms": round(times[str(row["method"])], 1)} for row in rows]
+    return torch.autograd.grad(loss(state, target), patterns)[0]
 
 
 def precision() -> list[dict[str, object]]:
@@ -101,9 +45,11 @@ def precision() -> list[dict[str, object]]:
             problem.query.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
         )
         patterns = problem.patterns.clone().requires_grad_()
-        exact = _ours(f, problem.query, patterns, target, 1e-14, Implicit(rtol=1e-14, max_steps=500))
+        exact = solved_gradient(
+            f, problem.query, patterns, target, 1e-14, Implicit(rtol=1e-14, max_steps=500)
+        )
         for scale in (1.0, 1e-6):
-            found = _ours(f, problem.query, patterns, scale * target, 1e-11, Implicit()) / scale
+            found = solved_gradient(f, problem.query, patterns, scale * target, 1e-11, Implicit()) / scale
             rows.append(
                 {"problem": name, "scale": scale, "error": float((found - exact).norm() / exact.norm())}
             )
@@ -146,14 +92,16 @@ def adjoint_solvers() -> list[dict[str, object]]:
             return fixed_point(f, x, f.init(x), stop=stop, solver=solver, adjoint=adjoint)
 
         exact = torch.autograd.grad(
-            _loss(solve(Implicit("gmres", rtol=1e-13, max_steps=500)).value, target), patterns
+            loss(solve(Implicit("gmres", rtol=1e-13, max_steps=500)).value, target), patterns
         )[0]
         calls, solutions = {}, {}
         for method in ("auto", "cg", "minres", "gmres"):
             for rtol in (1e-3, 1e-6):
                 solution = solve(Implicit(method, rtol=rtol))
-                loss = _loss(solution.value, target)
-                calls[f"{method} {rtol:g}"] = partial(torch.autograd.grad, loss, patterns, retain_graph=True)
+                scalar = loss(solution.value, target)
+                calls[f"{method} {rtol:g}"] = partial(
+                    torch.autograd.grad, scalar, patterns, retain_graph=True
+                )
                 solutions[f"{method} {rtol:g}"] = solution
         errors = {key: float((call()[0] - exact).norm() / exact.norm()) for key, call in calls.items()}
         times = interleaved(dict(calls), rounds=7, warmup=1)

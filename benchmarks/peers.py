@@ -15,7 +15,9 @@ PEERS: dict[str, tuple[str, dict[str, float]]] = {
     "torchdeq anderson lam 1e-10": ("anderson", {"lam": 1e-10}),
     "torchdeq broyden": ("broyden", {}),
 }
-LIMIT = 600
+LIMIT, FIRST = 600, 8  # the most iterations, and how many are tried first
+# Below this length a residual is absolute: at a tolerance of 1e-5 that is our atol of 1e-8.
+SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class PeerRun:
 
 
 def residual(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """|f(z) - z| / |f(z)| of each query."""
+    """|f(z) - z| / |f(z)| of each query; where |f(z)| < SHORTEST over SHORTEST."""
     image = f(z)
-    return (image - z).norm(dim=-1) / image.norm(dim=-1).clamp_min(1e-30)
+    return (image - z).norm(dim=-1) / image.norm(dim=-1).clamp_min(SHORTEST)
 
 
 def _solve(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, iterations: int) -> Tensor:
@@ -50,23 +52,28 @@ def _solve(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, iterations: int
 def measure(name: str, f: Callable[[Tensor], Tensor], z0: Tensor, tolerance: float) -> PeerRun | None:
     """The smallest number of iterations whose result meets the tolerance for every query.
 
-    torchdeq returns each query's best iterate, so the residual falls with the iterations and bisection finds
-    the number. Where LIMIT iterations do not converge all, that run is reported; None if the solver raises.
+    torchdeq returns each query's best iterate, so the residual falls with the iterations: they are doubled until they
+    suffice, and bisection finds the number. Where LIMIT iterations do not converge all, that run is reported; None if
+    the solver raises.
     """
+    low, high = 1, FIRST
     try:
-        state = _solve(name, f, z0, LIMIT)
-        worst = residual(f, state)
-        if bool((worst.nan_to_num(1e9) > tolerance).any()):
-            return PeerRun(
-                name, LIMIT, state, float(worst.nan_to_num(1e9).max()), int((~(worst <= tolerance)).sum())
-            )
-        low, high = 1, LIMIT
-        while low < high:
-            middle = (low + high) // 2
-            good = bool((residual(f, _solve(name, f, z0, middle)) <= tolerance).all())
-            low, high = (low, middle) if good else (middle + 1, high)
         state = _solve(name, f, z0, high)
+        while not _meets(f, state, tolerance) and high < LIMIT:
+            low, high = high + 1, min(2 * high, LIMIT)
+            state = _solve(name, f, z0, high)
+        while low < high and _meets(f, state, tolerance):
+            middle = (low + high) // 2
+            tried = _solve(name, f, z0, middle)
+            if _meets(f, tried, tolerance):
+                high, state = middle, tried
+            else:
+                low = middle + 1
     except (RuntimeError, torch.linalg.LinAlgError):
         return None
-    worst = residual(f, state)
-    return PeerRun(name, high, state, float(worst.max()), int((worst > tolerance).sum()))
+    left = residual(f, state)
+    return PeerRun(name, high, state, float(left.nan_to_num(1e9).max()), int((~(left <= tolerance)).sum()))
+
+
+def _meets(f: Callable[[Tensor], Tensor], state: Tensor, tolerance: float) -> bool:
+    return bool((residual(f, state) <= tolerance).all())

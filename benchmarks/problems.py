@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +75,19 @@ def _calibrate(directions: Tensor, centres: Tensor, targets: Tensor) -> Tensor:
     return low
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of 32 x 64: a second thread makes none of them faster, and several times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache
+@_one_thread()
 def clustered(
     low: float, high: float, noise: float = NEAR, seed: int = 0, queries: int = QUERIES
 ) -> tuple[Tensor, Tensor]:
@@ -96,6 +111,69 @@ def clustered(
         todo = todo[missed]
     which = torch.randint(0, CLUSTERS, (queries,), generator=generator)
     return patterns.reshape(-1, WIDTH), centres[which] + noise * normal(queries, WIDTH)
+
+
+def rotated(copies: int, queries: int = QUERIES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Copies of `clustered(.9, .995)`, each rotated at random, in random order; queries near their centres.
+
+    (1,024 copies, 64), (queries, 64): 98 copies are 100,352 patterns whose fixed points contract as slowly as those of
+    1,024.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    first = clustered(0.9, 0.995)[0]
+    turns = (torch.linalg.qr(normal(WIDTH, WIDTH))[0] for _ in range(copies))
+    patterns = torch.cat([first @ turn for turn in turns])
+    centres = patterns.reshape(-1, MEMBERS, WIDTH).mean(1)
+    which = torch.randint(0, len(centres), (queries,), generator=generator)
+    order = torch.randperm(len(patterns), generator=generator)
+    return patterns[order], centres[which] + NEAR * normal(queries, WIDTH)
+
+
+@dataclass(frozen=True)
+class Stretched:
+    """Any number of patterns in clusters, made block by block: float32, pattern i in cluster i modulo `clusters`.
+
+    A cluster is stretched along one direction across its centre, of norm 1.5, so that plain iteration contracts there
+    by .5 in the first cluster to .9 in the last: some dozens of steps from a query near the centre.
+    """
+
+    count: int
+    width: int
+    clusters: int
+    seed: int = 0
+
+    def centres(self) -> tuple[Tensor, Tensor]:
+        """Centres and stretches, (clusters, width) each."""
+        generator = torch.Generator().manual_seed(self.seed)
+        unit = torch.nn.functional.normalize
+        centres = unit(torch.randn(self.clusters, self.width, generator=generator), dim=-1)
+        way = torch.randn(self.clusters, self.width, generator=generator)
+        way = unit(way - (way * centres).sum(-1, keepdim=True) * centres, dim=-1)
+        # The contraction is beta times the variance along the stretch, of a uniform distribution.
+        half = (3 * torch.linspace(0.5, 0.9, self.clusters) / BETA).sqrt()
+        return CENTRE * centres, half[:, None] * way
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The patterns in order, (n, width) each, n at most 65,536."""
+        size = 2**16
+        centres, stretch = self.centres()
+        for start in range(0, self.count, size):
+            generator = torch.Generator().manual_seed(self.seed + 1 + start)
+            cluster = torch.arange(start, min(start + size, self.count)) % self.clusters
+            along = 2 * torch.rand(len(cluster), 1, generator=generator) - 1
+            noise = torch.randn(len(cluster), self.width, generator=generator)
+            yield centres[cluster].addcmul_(along, stretch[cluster]).add_(noise, alpha=0.02)
+
+    def queries(self, count: int = QUERIES) -> tuple[Tensor, Tensor]:
+        """Queries near centres, (count, width), and the cluster of each."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        which = torch.randint(0, self.clusters, (count,), generator=generator)
+        noise = torch.randn(count, self.width, generator=generator)
+        return self.centres()[0][which] + NEAR * noise, which
 
 
 def random_unit(count: int = 512, seed: int = 0, queries: int = QUERIES) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,8 @@ class _Course:
             small, fit = self._pass(Nearby(best - self.options.margin, self.options.candidates))
             self._step()
             if small is not None and len(self.rows):
+                if not bool(fit.any()):  # the weight is spread, and another search would be as vain
+                    break
                 self._solve(small, fit)
         self._finish()
         return self.outcome

@@ -165,8 +165,8 @@ def as_source(patterns: Any) -> PatternSource | None:
     if callable(patterns) or (isinstance(patterns, Iterable) and not hasattr(patterns, "__array__")):
         return BlockPatterns(patterns)
     raise TypeError(
-        f"patterns must be a tensor, open_patterns(file), or blocks: a list of tensors or a function that returns an "
-        f"iterator of them; got {type(patterns).__name__}"
+        f"patterns must be a torch.Tensor, got {type(patterns).__name__}; use torch.as_tensor(patterns). Also allowed: "
+        "open_patterns(file), a list of tensors, or a function that returns an iterator of them"
     )
 
 
