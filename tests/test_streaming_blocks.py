@@ -116,7 +116,7 @@ def test_what_becomes_a_source():
         with pytest.raises(TypeError, match=r"give open_patterns\('patterns.npy'\)"):
             retrieve(normal(2, D), name)
     for other in (3, None, patterns.numpy()):
-        with pytest.raises(TypeError, match="patterns must be a tensor, open_patterns"):
+        with pytest.raises(TypeError, match="patterns must be a torch.Tensor, got"):
             retrieve(normal(2, D), other)
 
 
