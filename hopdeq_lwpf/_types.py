@@ -195,7 +195,7 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def identity(v: Tensor) -> Tensor:
-    """The metric of a function whose Jacobian is symmetric."""
+    """The metric of a function whose Jacobian is symmetric; solvers know it by this object, so return it itself."""
     return v
 
 
