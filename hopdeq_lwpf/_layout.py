@@ -164,4 +164,8 @@ def set_number(members: Tensor, start: int = 0) -> Tensor:
     sizes = 1 + (1e4 * places.sin()).frac().abs().mul(255).floor()
     # 2**16 sizes of up to 255 add up exactly in float32.
     exact = wide(members) if members.shape[-1] <= 2**16 else members.double()
+    device = members.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # half precision would not tell neighbouring sets apart
+            return (exact @ sizes.to(exact.dtype)).double()
     return (exact @ sizes.to(exact.dtype)).double()

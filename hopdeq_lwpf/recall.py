@@ -16,7 +16,7 @@ from hopdeq_lwpf._types import Solution, check_float_tensor, check_same_kind
 from hopdeq_lwpf.forgetting import Forgetting
 from hopdeq_lwpf.normalization import Normalization
 from hopdeq_lwpf.retrieval import AnyContext, Retrieval, RetrievalContext, StreamedContext, combine, streams
-from hopdeq_lwpf.screening import SCREEN_FROM, Screened, screens
+from hopdeq_lwpf.screening import SCREEN_FROM, SCREEN_UP_TO, Screened, screens
 from hopdeq_lwpf.separation import Separation
 from hopdeq_lwpf.solvers.adjoints import Adjoint, make_adjoint
 from hopdeq_lwpf.solvers.base import Solver, transformed
@@ -85,7 +85,7 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     screen: whether streamed patterns are solved on a few candidates of each query, with a bound that says how far
         those may be trusted, and every equilibrium verified by a pass over all patterns (`screening.Screened`). None:
         from 2**14 patterns on where that is possible (dot products; no unit but ReLU and PFU with a threshold that
-        stays; trace=False). False compares.
+        stays; trace=False) and the candidates of all queries fit into 16 MiB. False compares.
 
     Returns a Recall whose `value` is the read-out (*batch, dv) without the injected query, with gradient, and
     whose `state` is the equilibrium, or the k-th iterate. The read-out is weights @ values, 0 where everything
@@ -95,6 +95,9 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     inject="start" and steps=None, since its gradient would be lost (see `fixed_point`).
     """
     check_steps(steps)
+    # The names are checked although k steps use neither, so that a misspelt one is never silent.
+    solves = make_solver(solver)
+    make_adjoint(adjoint)
     f = Retrieval(
         beta,
         separation=separation,
@@ -104,16 +107,17 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
         similarity=similarity,
         normalize=normalize,
     )
-    given = _source(f, query, patterns, mask, stream)
+    given = _source(f, query, patterns, values, mask, stream)
     x = f.prepare(query, given, mask)
     read = None
     if isinstance(x, StreamedContext):
+        # Each rank must make the same passes in the same order.
+        asked = {"steps": steps, "stop": stop, "solver": solver, "adjoint": adjoint, "trace": trace}
+        told: dict[str, object] = {name: _said(part) for name, part in asked.items()}
+        x.ranks.check_same(told | {"choice whether there are values": values is None})
         x = x if values is None else x.with_values(values)
     elif values is not None:
         read = _lay_values(cast(Tensor, values), query, cast(Tensor, patterns), mask)
-    # The names are checked although k steps use neither, so that a misspelt one is never silent.
-    solves = make_solver(solver)
-    make_adjoint(adjoint)
     if steps is None:
         chosen = _screened(f, x, solves, screen, trace) or solver
         # A query that enters every step keeps its gradient there; the one through z0 is zero.
@@ -128,8 +132,14 @@ def retrieve(  # noqa: PLR0913 (one call with keywords is the point)
     return _recall(f, x, solution, read)
 
 
+def _said(part: object) -> object:
+    """What tells one setting from another in every process: the text of an object may name its address."""
+    plain = part is None or isinstance(part, (str, int)) or dataclasses.is_dataclass(part)
+    return part if plain else type(part).__qualname__
+
+
 def _source(
-    f: Retrieval, query: Tensor, patterns: Patterns, mask: Tensor | None, stream: bool | None
+    f: Retrieval, query: Tensor, patterns: Patterns, values: object, mask: Tensor | None, stream: bool | None
 ) -> Tensor | PatternSource:
     """The patterns as they are looked at: a tensor, or blocks."""
     if stream not in (None, True, False):
@@ -142,7 +152,9 @@ def _source(
     assert isinstance(patterns, Tensor)
     check_input(query, patterns, mask)
     if stream is None:
-        least = STREAM_FROM_WITH_GRADIENT if torch.is_grad_enabled() else STREAM_FROM
+        given = (query, patterns, values, *f.parameters(), *f.buffers())
+        recorded = torch.is_grad_enabled() and any(getattr(part, "requires_grad", False) for part in given)
+        least = STREAM_FROM_WITH_GRADIENT if recorded else STREAM_FROM
         large = patterns.ndim == 2 and query.shape[:-1].numel() * len(patterns) >= least
         stream = large and streams(f) and not transformed() and not torch.compiler.is_compiling()
         stream = stream and all(forward_ad.unpack_dual(given).tangent is None for given in (query, patterns))
@@ -157,10 +169,13 @@ def _screened(
     f: Retrieval, x: AnyContext, solver: Solver | None, screen: bool | None, trace: bool
 ) -> Solver | None:
     """The solver that screens; None where none is wanted or it cannot."""
+    if screen not in (None, True, False):
+        raise TypeError(f"screen must be None, True or False, got {screen!r}")
     if not isinstance(x, StreamedContext):
         return None
     own = solver is None or hasattr(solver, "propose")
-    many = own and not trace and x.total >= SCREEN_FROM and screens(f, x)
+    small = Screened.candidates * x.start.numel() <= SCREEN_UP_TO
+    many = own and small and not trace and x.total >= SCREEN_FROM and screens(f, x)
     return cast(Solver, Screened(solver)) if (many if screen is None else screen) else None
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from problems import F64, normal
 from streamed import MAKE, TIGHT, B, D, N, masks, one_mask
 
-from hopdeq_lwpf import open_patterns, retrieve
+from hopdeq_lwpf import Termination, open_patterns, retrieve
 from hopdeq_lwpf.forgetting import PFU
 from hopdeq_lwpf.models import Retrieval
 from hopdeq_lwpf.solvers import Implicit
@@ -191,8 +191,8 @@ def disagreements(seat: Seat) -> dict[str, str]:
     query, patterns = normal(B, D), normal(9, D).requires_grad_()
     shards = ShardedPatterns(patterns.detach(), timeout=20)
 
-    def recall(given=shards, q=query, **options):
-        retrieve(q, given, steps=1, **options)
+    def recall(given=shards, q=query, steps=1, **options):
+        retrieve(q, given, steps=steps, **options)
 
     def by_grad():
         recall(ShardedPatterns(patterns if first else patterns.detach(), timeout=20))
@@ -209,6 +209,9 @@ def disagreements(seat: Seat) -> dict[str, str]:
         "beta": _message(lambda: recall(beta=1.0 + first)),
         "unit": _message(lambda: recall(forgetting="pfu" if first else "relu")),
         "k": _message(lambda: recall(forgetting=MAKE["topk" if first else "topk threshold"]())),
+        "steps": _message(lambda: recall(steps=2 if first else 3)),
+        "solver": _message(lambda: recall(solver="picard" if first else "lbfgs")),
+        "stop": _message(lambda: recall(stop=Termination(rtol=1e-3 if first else 1e-4))),
         "training": _message(lambda: f.prepare(query, shards)),
         "gradients": _message(by_grad),
         "values": _message(lambda: recall(values=normal(9, width))),

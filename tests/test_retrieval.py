@@ -397,3 +397,14 @@ def test_function_protocol():
     assert isinstance(f.has_energy, bool)
     assert f.training
     assert "Keep" in repr(f)
+
+
+def test_the_piece_sees_one_pattern_under_autocast_too():
+    f = Retrieval(1.0, forgetting=PFU(0.0))
+    patterns = torch.eye(300)
+    for row in range(0, 300, 37):
+        z = torch.full((2, 300), 0.1)
+        z[1, row] = -0.1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            piece = f.evaluate(z, f.prepare(z, patterns))[2]
+        assert piece[0] != piece[1]

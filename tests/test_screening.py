@@ -1,6 +1,8 @@
 """Screened retrieval: the small problem against the whole one, its bound, and the equilibria that come of it."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -151,7 +153,7 @@ def test_too_few_steps_are_reported():
         query, patterns, beta=BETA, stream=True, screen=True, stop=Termination(rtol=1e-12, max_steps=3)
     )
     assert bool((screened.result == Result.MAX_STEPS).any())
-    assert int(screened.steps.max()) <= 4
+    assert int(screened.steps.max()) <= 3
     assert bool((screened.residual > 0).all())
 
 
@@ -187,3 +189,42 @@ def test_what_cannot_be_screened_says_so():
         Screened(candidates=0)
     with pytest.raises(ValueError, match="trust"):
         Screened(trust=0.0)
+
+
+def test_each_query_has_its_own_steps_and_reports_no_more():
+    patterns, query = clusters(groups=40, members=30, queries=64, noise=0.3, spread=0.3)
+    for steps in (8, 16, 30):
+        stop = Termination(rtol=1e-6, max_steps=steps)
+        screened = retrieve(query, patterns, beta=BETA, stream=True, screen=True, stop=stop)
+        assert int(screened.steps.max()) <= steps
+        within = screened.residual <= 1e-6 * (1 + 1e-6)
+        assert bool(within[screened.converged].all())
+
+
+def test_a_graph_is_freed_with_what_was_made_of_it():
+    patterns, query = clusters()
+    alive = []
+    for _ in range(3):
+        x = patterns.clone().requires_grad_()
+        alive.append(weakref.ref(x))
+        retrieve(query, x, beta=BETA, stream=True, screen=True).value.sum().backward()
+        del x
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+
+
+def test_unrolled_steps_are_those_of_the_whole():
+    patterns, query = clusters()
+    found = []
+    for screen in (False, True):
+        z = query.clone().requires_grad_()
+        recalled = retrieve(z, patterns, beta=BETA, stream=True, screen=screen, adjoint="unrolled")
+        found.append((recalled.steps, torch.autograd.grad(recalled.value.sum(), z)[0]))
+    assert bool((found[0][0] == found[1][0]).all())
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
+def test_the_switch_is_none_true_or_false():
+    patterns, query = clusters()
+    with pytest.raises(TypeError, match="screen must be None, True or False, got 'no'"):
+        retrieve(query, patterns, beta=BETA, stream=True, screen="no")

@@ -51,7 +51,7 @@ def prepare(f: Retrieval, query: Tensor, source: PatternSource, mask: Tensor | N
     if isinstance(source, ShardedPatterns):
         ranks, offset, local = source.ranks, source.start, source.local
         ranks.check_same(_told(f, query, local))
-    mask = None if mask is None else _lay_mask(mask, query.shape[:-1], local)
+    mask = None if mask is None else _lay_mask(mask, query, local)
     injected = pull = None
     if f.inject == "input":
         pull = lay("inject_weight", f.inject_weight, query)
@@ -102,11 +102,14 @@ def streams(f: Retrieval) -> bool:
     return why_not(f) is None
 
 
-def _lay_mask(mask: Tensor, batch: torch.Size, source: PatternSource) -> Tensor:
+def _lay_mask(mask: Tensor, query: Tensor, source: PatternSource) -> Tensor:
     """(N,), or one row a query (B, N), of this process's patterns."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor (True = ignore the pattern), got {kind}")
+    if mask.device != query.device:
+        raise ValueError(f"mask is on {mask.device} but query is on {query.device}; move one with .to()")
+    batch = query.shape[:-1]
     fits = mask.shape == (source.count,)
     leading = mask.ndim == len(batch) + 1 and all(
         a in (1, b) for a, b in zip(mask.shape, batch, strict=False)
@@ -183,11 +186,14 @@ def gather(x: StreamedContext, index: Tensor) -> Tensor:
     local = index - x.offset
     mine = (local >= 0) & (local < len(x.patterns))
     local = local.clamp(0, len(x.patterns) - 1)
-    rows = x.patterns.index_select(0, local) if isinstance(x.patterns, Tensor) else x.patterns.rows(local)
+    if isinstance(x.patterns, Tensor):
+        rows = x.patterns.index_select(0, local.to(x.patterns.device))
+    else:
+        rows = x.patterns.rows(local)
+    rows = rows.to(index.device)  # that of the queries, where the ranks talk
     if x.ranks.size == 1:
         return rows
-    rows = rows.masked_fill(~mine[:, None].to(rows.device), 0.0)
-    return x.ranks.recorded_sum(rows)
+    return x.ranks.recorded_sum(rows.masked_fill(~mine[:, None], 0.0))
 
 
 def _forgotten(unit: Forgetting, scores: Scores, x: StreamedContext) -> Forgotten | None:

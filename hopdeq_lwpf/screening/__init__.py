@@ -12,5 +12,6 @@ Nothing counts as converged before a pass over all patterns has measured its res
 """
 
 from hopdeq_lwpf.screening.screened import SCREEN_FROM as SCREEN_FROM
+from hopdeq_lwpf.screening.screened import SCREEN_UP_TO as SCREEN_UP_TO
 from hopdeq_lwpf.screening.screened import Screened as Screened
 from hopdeq_lwpf.screening.screened import screens as screens

@@ -92,6 +92,7 @@ def collect(
     visible = x.total if x.mask is None else x.total - int(x.mask.sum())
     # Forgotten patterns are counted, not stored.
     lost = (visible - found.kept)[:, None] - (0 if kept is None else among - kept.sum(-1, keepdim=True))
+    lost = lost.to(z)
     limit, fill = _levels(f.forgetting, x.threshold, value)
     forgotten, doubtful = (lost.clamp_min(0).log() + level for level in (fill, torch.maximum(limit, fill)))
     if isinstance(f.separation, Softmax1):

@@ -23,6 +23,8 @@ from hopdeq_lwpf.solvers.view import FlatFunction, StateView
 
 # Below so many patterns a pass costs no more than the candidates of a query.
 SCREEN_FROM = 2**14
+# Numbers in the candidates of all queries up to which nobody needs to ask: 16 MiB in float32, at the peak thrice that.
+SCREEN_UP_TO = 2**22
 
 
 def screens(f: Retrieval, x: StreamedContext) -> bool:
@@ -73,8 +75,10 @@ class Screened:
         inner = self.inner or choose_solver(f, z0)
         exact = not f.autocast and f.view.dtypes[0] == f.view.work and len(z0) > 0
         streamed = isinstance(f.x, StreamedContext)
-        if trace or not exact or not streamed or not screens(cast(Retrieval, f.f), f.x):
-            return run(f, z0, inner, stop, trace=trace)
+        # Where steps are recorded, watchers see nothing, and at least one step must be made.
+        recording = torch.is_grad_enabled()
+        if recording or trace or not exact or not streamed or not screens(cast(Retrieval, f.f), f.x):
+            return run(f, z0, inner, stop, trace=trace, drop=not recording, least=int(recording))
         return _Course(self, inner, f, z0, stop).solve()
 
 
@@ -184,18 +188,29 @@ class _Course:
 
     def _finish(self) -> None:
         """What candidates cannot stand for, or have not solved in time, by the whole function from z on."""
-        if not len(self.rows):
-            return
-        live = torch.zeros(len(self.outcome.z), dtype=torch.bool, device=self.rows.device)
-        narrow = self.f.narrow(live.index_fill(0, self.rows, True))
-        assert narrow is not None
-        left = max(1, self.stop.max_steps - int(self.steps.max()))
-        outcome = run(narrow[0], self.z, self.inner, replace(self.stop, max_steps=left))
-        entries = {
-            "z": outcome.z,
-            "result": outcome.result,
-            "residual": outcome.residual,
-            "steps": self.steps + outcome.steps,
-            "evaluations": self.evaluations + outcome.evaluations,
-        }
-        self.outcome.write(self.rows, torch.ones_like(self.rows, dtype=torch.bool), entries)
+        if len(self.rows) and int(self.steps.max()) >= self.stop.max_steps:
+            self._pass(None)
+        while len(self.rows):
+            live = torch.zeros(len(self.outcome.z), dtype=torch.bool, device=self.rows.device)
+            narrow = self.f.narrow(live.index_fill(0, self.rows, True))
+            assert narrow is not None
+            left = self.stop.max_steps - int(self.steps.max())
+            outcome = run(narrow[0], self.z, self.inner, replace(self.stop, max_steps=left))
+            self.steps, self.evaluations = self.steps + outcome.steps, self.evaluations + outcome.evaluations
+            better = outcome.residual < self.best
+            self.best_z = pick(better, outcome.z, self.best_z)
+            self.best = torch.where(better, outcome.residual, self.best)
+            within = outcome.result == int(Result.CONVERGED)
+            entries = {
+                "z": pick(within, outcome.z, self.best_z),
+                "result": outcome.result,
+                "residual": torch.where(within, outcome.residual, self.best),
+                "steps": self.steps,
+                "evaluations": self.evaluations,
+            }
+            # Each has its own steps to make, whatever the others needed before.
+            short = (outcome.result == int(Result.MAX_STEPS)) & (self.steps < self.stop.max_steps)
+            self.outcome.write(self.rows, ~short, entries)
+            self.z = outcome.z
+            for name in ("rows", "z", "best_z", "best", "steps", "evaluations"):
+                setattr(self, name, getattr(self, name)[short])

@@ -165,9 +165,8 @@ class _Sums:
         self.total = z.new_zeros(rows)
         self.image = z.new_zeros(rows, width)
         self.read = None if dv is None else z.new_zeros(rows, dv)
-        self.kept = z.new_zeros(rows)
-        self.which = z.new_zeros(rows, dtype=torch.float64)
-        self.visible = z.new_zeros(rows)
+        # Float32 cannot count beyond 2**24.
+        self.kept, self.visible, self.which = z.new_zeros((3, rows), dtype=torch.float64)
 
     def add(self, block: Tensor, top: Tensor, kept: Tensor | None, part: Part | None) -> None:
         """A block of scores, which are written over; top: (B,), the largest kept one. part: None sums no patterns."""
@@ -199,12 +198,12 @@ class _Sums:
         if ranks.size == 1:
             return
         self.raise_to(ranks.max(self.peak.clone()))
-        columns = [part[:, None] for part in (self.total, self.kept, self.visible)] + [self.image]
+        columns = [self.total[:, None], self.image]
         columns += [] if self.read is None else [self.read]
         sums = ranks.sum(torch.cat(columns, 1))
-        total, kept, visible, self.image, *rest = sums.split([part.shape[1] for part in columns], 1)
-        self.total, self.kept, self.visible = total[:, 0], kept[:, 0], visible[:, 0]
-        self.which = ranks.sum(self.which)
+        total, self.image, *rest = sums.split([part.shape[1] for part in columns], 1)
+        self.total = total[:, 0]
+        self.kept, self.visible, self.which = ranks.sum(torch.stack((self.kept, self.visible, self.which)))
         self.read = rest[0] if rest else None
 
 
@@ -260,7 +259,7 @@ def _add(sums: Tensor, weights: Tensor, rows: Tensor) -> None:
 def _finish(sums: _Sums, forgotten: Forgotten | None, empty: bool, found: _Found | None) -> Attended:
     """Sums over kept patterns -> the result: forgotten scores and the empty one enter the denominator only."""
     mass = sums.total.clone()
-    missing = sums.visible - sums.kept
+    missing = (sums.visible - sums.kept).to(mass)
     extra = []
     if forgotten is not None:
         fill = forgotten.fill.detach().to(mass).reshape(-1).expand_as(mass)

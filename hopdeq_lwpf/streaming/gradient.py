@@ -104,7 +104,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, plan: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
         scores, stored, forgotten, empty, look, sums, known = plan
         found = known or sweep(scores, stored, forgotten, empty, look, sums)
-        ctx.plan = plan
+        # Not what is known already: the outputs are made of it, and would keep this node, and all it holds, for ever.
+        ctx.plan = scores, stored, forgotten
         ctx.set_materialize_grads(False)
         missing = None
         if forgotten is not None:
@@ -161,7 +162,7 @@ def _pull(
     plan: tuple[Any, ...], wanted: tuple[bool, ...], slopes: _Slopes, lse: Tensor, missing: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of z, beta, fill, patterns and values."""
-    scores, stored, forgotten, *_ = plan
+    scores, stored, forgotten = plan
     z, beta = scores.z, scores.beta
     dz, dbeta = torch.zeros_like(z), torch.zeros_like(z[:, :1])
     dpatterns = torch.zeros_like(stored.patterns) if wanted[3] else None

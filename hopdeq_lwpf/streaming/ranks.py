@@ -168,7 +168,8 @@ class ShardedPatterns(PatternSource):
         """The patterns of these numbers among all ranks, without gradient; a collective call."""
         mine = (index >= self.start) & (index < self.start + self.local.count)
         found = self.local.rows((index - self.start).clamp(0, self.local.count - 1)).detach()
-        return self.ranks.sum(found.masked_fill(~mine[:, None].to(found.device), 0.0))
+        found = found.masked_fill(~mine[:, None].to(found.device), 0.0)
+        return self.ranks.sum(found if self.ranks.size == 1 else found.to(self.ranks.device()))
 
     def __repr__(self) -> str:
         return f"ShardedPatterns(rank {self.ranks.rank} of {self.ranks.size}: {self.local!r}, {self.count} in all)"

@@ -11,13 +11,16 @@ from hopdeq_lwpf.streaming.attention import Scores, Stored, parts
 from hopdeq_lwpf.streaming.ranks import Ranks
 
 DIGIT = 11  # bits of a number that one pass settles: 2,048 counters a row
+# Of many rows fewer, so that the counters take no more than the scores of the smallest block.
+FEW_ROWS, SHORT_DIGIT = 1024, 8
 
 
 def median(scores: Scores, stored: Stored, *, whole: bool = False) -> Tensor:
     """The lower median of the unmasked scores, exactly: (B, 1), or a scalar over all rows with `whole`.
 
     A radix selection: numbers are compared as integers of the same order, 11 bits a pass, so 3 passes in float32 and 6
-    in float64. 0 for a row that is masked entirely, NaN for one that holds a NaN.
+    in float64; from 1,025 rows on 8 bits, 4 and 8 passes. 0 for a row that is masked entirely, NaN for one that holds
+    a NaN.
     """
     z = scores.z
     bits = 8 * z.element_size()
@@ -26,7 +29,7 @@ def median(scores: Scores, stored: Stored, *, whole: bool = False) -> Tensor:
     rank, done = None, 0
     spoilt = torch.zeros(rows, dtype=z.dtype, device=z.device)
     while done < bits:
-        width = min(DIGIT, bits - done)
+        width = min(DIGIT if rows <= FEW_ROWS else SHORT_DIGIT, bits - done)
         counts = torch.zeros((rows, 1 << width), dtype=torch.int64, device=z.device)
         for part in parts(stored, z):
             block = scores(part.patterns)
