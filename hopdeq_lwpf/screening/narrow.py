@@ -8,10 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hopdeq_lwpf._layout import set_number
 from hopdeq_lwpf._types import Matvec, identity
 from hopdeq_lwpf.retrieval import Retrieval
-from hopdeq_lwpf.retrieval.context import NEGLIGIBLE
+from hopdeq_lwpf.retrieval.context import piece_of, times
 
 
 class Candidates(NamedTuple):
@@ -46,15 +45,9 @@ class Narrow:
     def evaluate(self, z: Tensor, x: Candidates):  # type: ignore[no-untyped-def]
         """f, a function that makes its energy, and the piece of f that z lies in."""
         logits, kept = self._logits(z, x)
-        weights = logits.softmax(-1)
-        here = weights[:, :-2] if kept is None else weights[:, :-2] * kept
-        image = torch.bmm(here[:, None], x.patterns)[:, 0] + weights[:, -2:-1] * x.merged
-        image = image if x.injected is None else image + x.injected
-        piece = None
-        if kept is not None:
-            all_ = weights[:, :-2].sum(-1)
-            piece = torch.where(here.sum(-1) > (1 - NEGLIGIBLE) * all_, -1.0, set_number(kept))
-        return image, lambda: self._energy(z, logits.logsumexp(-1), x), piece
+        weights, held = self._weigh(logits, kept)
+        piece = None if kept is None else piece_of(weights[:, :-2], held, kept)
+        return self._image(weights, held, x), lambda: self._energy(z, logits.logsumexp(-1), x), piece
 
     def energy(self, z: Tensor, x: Candidates) -> Tensor:
         """E(z), up to rounding that of the whole problem at the reference: (B, d) -> (B,)."""
@@ -71,9 +64,9 @@ class Narrow:
 
     def trusted(self, z: Tensor, x: Candidates) -> Tensor:
         """Whether what is left out can move f by no more than the share `trust` of |f|: bool (B,)."""
-        logits, _ = self._logits(z, x)
+        logits, kept = self._logits(z, x)
         total = logits.logsumexp(-1, keepdim=True)
-        image = self(z, x)
+        image = self._image(*self._weigh(logits, kept), x)
         size = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
         way = torch.linalg.vector_norm(z - x.reference, dim=-1, keepdim=True)
         delta = x.beta * x.radius * way
@@ -86,6 +79,15 @@ class Narrow:
         value, kept = self.unit.project(scores, x.threshold, x.padding)
         moved = x.share + x.beta * ((z - x.reference) * x.merged).sum(-1, keepdim=True)
         return torch.cat([value.masked_fill(x.padding, -math.inf), moved, x.forgotten], -1), kept
+
+    def _weigh(self, logits: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Shares of all that is in the denominator, (B, k + 2), and those of the kept candidates, (B, k)."""
+        weights = logits.softmax(-1)
+        return weights, times(weights[:, :-2], kept)
+
+    def _image(self, weights: Tensor, held: Tensor, x: Candidates) -> Tensor:
+        image = torch.bmm(held[:, None], x.patterns)[:, 0] + weights[:, -2:-1] * x.merged
+        return image if x.injected is None else image + x.injected
 
     def _energy(self, z: Tensor, lagrangian: Tensor, x: Candidates) -> Tensor:
         beta = x.beta.reshape(-1) if isinstance(x.beta, Tensor) and x.beta.ndim else x.beta

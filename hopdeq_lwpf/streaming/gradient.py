@@ -110,7 +110,7 @@ class _Attend(torch.autograd.Function):
         missing = None
         if forgotten is not None:
             # How many of the visible patterns are forgotten, as a share of the denominator each.
-            missing = _forgotten_mass(found, forgotten, empty)
+            missing = _forgotten_mass(found, empty)
         ctx.save_for_backward(found.image, found.read, found.lse, found.mass, missing, *tensors)
         constant = [part for part in found[4:] if part is not None]
         ctx.mark_non_differentiable(*constant)
@@ -127,7 +127,7 @@ class _Attend(torch.autograd.Function):
         return None, *found
 
 
-def _forgotten_mass(found: Attended, forgotten: Forgotten, empty: bool) -> Tensor:
+def _forgotten_mass(found: Attended, empty: bool) -> Tensor:
     """Sum of the weights of what is forgotten, (B,); 0 where every pattern is masked."""
     rest = 1.0 - found.mass
     assert found.visible is not None
